@@ -1,0 +1,270 @@
+"""The registry: names, lazy imports, validation, and every message a wrong name or class leads to."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+
+from xtrain import registry
+from xtrain.contract import Backend, Capabilities
+from xtrain.errors import (
+    BackendContractError,
+    ConfigurationError,
+    MissingDependencyError,
+    UnknownBackendError,
+)
+from xtrain.registry import get_backend_class, make_backend, register_backend, registered_backends, validate_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Template(Backend):
+    """Fulfils the contract and does nothing."""
+
+    name = "complete"
+    capabilities = Capabilities(precisions=frozenset({"32-true"}))
+
+    def __init__(self, stage: int = 0, *, offload: str | None = None) -> None:
+        self.stage, self.offload = stage, offload
+
+    @classmethod
+    def available(cls):
+        return None
+
+    def launch(self): ...
+    def setup_module(self, module): ...
+    def setup_optimizers(self, module, optimizers): ...
+    def zero_grad(self, optimizer, set_to_none=True): ...
+    def backward(self, loss, *args, **kwargs): ...
+    def finalize_gradients(self, optimizer): ...
+    def clip_gradients(self, optimizer, value, algorithm): ...
+    def step(self, optimizer, closure=None): ...
+    def step_boundary(self): ...
+
+
+def complete(class_name: str = "Complete", **overrides: Any) -> type[Backend]:
+    """Return a fresh copy of `Template` with `overrides` in place; None drops an attribute."""
+    members = {**vars(Template), **overrides}
+    kept = {k: v for k, v in members.items() if v is not None and k not in ("__abstractmethods__", "_abc_impl")}
+    return final(type(Backend)(class_name, (Backend,), kept))
+
+
+@pytest.fixture
+def third_party(tmp_path, monkeypatch):
+    """Install a distribution `acme` with entry points; returns a function that takes table and modules."""
+
+    def install(entries: str, **modules: str) -> None:
+        info = tmp_path / "acme-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\nProvides-Extra: chip\n")
+        (info / "entry_points.txt").write_text(f"[xtrain.backends]\n{entries}\n")
+        for name, code in modules.items():
+            (tmp_path / f"{name}.py").write_text(code)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return install
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_built_in_backends_are_listed_without_importing_them():
+    code = "import sys; from xtrain.registry import registered_backends as r; print(r()['cpu'], r()['cuda']);"
+    code += "print([m for m in sys.modules if m.startswith('xtrain_backends.')])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.split("\n")[:2] == ["xtrain_backends.cpu:CPU xtrain_backends.cuda:CUDA", "[]"]
+
+
+def test_checkout_works_without_an_install(tmp_path):
+    """With -S Python runs no .pth file, so an editable install's import hook is not there to help."""
+    code = f"import sys; sys.path += [{str(ROOT)!r}, {str(Path(torch.__file__).parent.parent)!r}]\n"
+    code += "from xtrain.registry import get_backend_class\n"
+    code += "print(get_backend_class('cpu').__module__, sys.modules['xtrain_backends'].__path__)"
+    run = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == f"xtrain_backends.cpu ['{ROOT / 'backends'}']\n", run.stderr
+
+
+def test_unknown_name_lists_the_registered_ones_and_the_closest():
+    with pytest.raises(UnknownBackendError) as caught:
+        get_backend_class("CUDAA")
+    text = str(caught.value)
+    assert "'cpu', 'cuda'" in text
+    assert "Received: 'CUDAA'" in text
+    assert "Trainer(backend='cuda')" in text
+
+
+def test_third_party_entry_point_is_loaded_lazily_and_validated(third_party):
+    third_party("chip = acme_chip:Chip", acme_chip="raise RuntimeError('imported too early')")
+    assert registered_backends()["chip"] == "acme_chip:Chip"
+    with pytest.raises(RuntimeError, match="imported too early"):
+        get_backend_class("chip")
+
+
+def test_entry_point_that_is_no_backend(third_party):
+    third_party("chip = acme_bad:Chip\ngone = acme_bad:Gone\nlost = acme_lost:Lost", acme_bad="class Chip: pass")
+    with pytest.raises(BackendContractError, match=r"subclass of xtrain.contract.Backend. Received: <class 'acme_bad"):
+        get_backend_class("chip")
+    with pytest.raises(BackendContractError, match=r"'gone' to be a class. Received: acme_bad:Gone"):
+        get_backend_class("gone")
+    with pytest.raises(BackendContractError, match=r"'lost' to be a class. Received: acme_lost:Lost"):
+        get_backend_class("lost")
+
+
+def test_installed_package_cannot_take_over_a_built_in_name(third_party):
+    third_party("cpu = acme_cpu:CPU", acme_cpu="")
+    assert registered_backends()["cpu"] == "xtrain_backends.cpu:CPU"
+
+
+@pytest.mark.parametrize(
+    ("name", "pip"), [("chip", "pip install 'acme[chip]'"), ("other", "pip install absent_package")]
+)
+def test_missing_dependency_gives_the_pip_line_and_the_cause(third_party, name, pip):
+    third_party("chip = acme_lazy:Chip\nother = acme_lazy:Chip", acme_lazy="import absent_package.inner")
+    with pytest.raises(MissingDependencyError) as caught:
+        get_backend_class(name)
+    assert str(caught.value).endswith(f"Fix:  {pip}")
+    assert "No module named 'absent_package'" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_built_in_backend_with_a_missing_dependency_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "lacking.py").write_text("import absent_package")
+    (tmp_path / "entry_points.ini").write_text("[xtrain.backends]\ntpu = lacking:TPU\n")
+    monkeypatch.setattr(registry, "_TABLE", tmp_path / "entry_points.ini")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'xtrain\[tpu\]'"):
+        get_backend_class("tpu")
+
+
+# ---------------------------------------------------------------- registration in code
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_registered_class_is_found_and_made():
+    cls = register_backend(complete())
+    assert get_backend_class("complete") is cls
+    assert registered_backends()["complete"].endswith(":Complete")
+    backend = make_backend("complete", {"stage": 3})
+    assert (type(backend), backend.stage) == (cls, 3)
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_registering_twice_is_harmless_but_a_taken_name_is_refused():
+    cls = register_backend(complete())
+    assert register_backend(cls) is cls
+    with pytest.raises(BackendContractError, match=r"still free. Received: 'cpu', taken by xtrain_backends.cpu:CPU"):
+        register_backend(complete("Other", name="cpu"))
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_invalid_class_is_not_registered():
+    with pytest.raises(BackendContractError):
+        register_backend(complete(step=None))
+    assert "complete" not in registered_backends()
+
+
+# ---------------------------------------------------------------- make_backend
+
+
+def test_instance_is_taken_as_it_is():
+    backend = complete()()
+    assert make_backend(backend) is backend
+
+
+def test_options_beside_an_instance_are_refused():
+    with pytest.raises(ConfigurationError, match=r"Trainer\(backend=Complete\(stage=3\)\)"):
+        make_backend(complete()(), {"stage": 3})
+
+
+@pytest.mark.parametrize("backend", [None, 3, complete()])
+def test_neither_name_nor_instance(backend):
+    with pytest.raises(ConfigurationError, match="name or an instance"):
+        make_backend(backend)
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_unknown_option_lists_the_accepted_ones_and_the_closest():
+    register_backend(complete())
+    with pytest.raises(ConfigurationError) as caught:
+        make_backend("complete", {"ofload": "cpu"})
+    text = str(caught.value)
+    assert "backend_options of 'complete' out of: stage=0, offload=None" in text
+    assert "{'ofload': 'cpu'}" in text
+    assert "backend_options={'offload': ...}" in text
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_complete_class_is_valid():
+    cls = complete()
+    assert validate_backend(cls) is cls
+
+
+def test_missing_methods_are_all_listed_with_their_signature():
+    with pytest.raises(BackendContractError) as caught:
+        validate_backend(complete(step=None, available=None))
+    assert "Expected a method step(self, optimizer, closure=None). Received: none." in str(caught.value)
+    assert "Expected a method classmethod available(). Received: none." in str(caught.value)
+
+
+WRONG = {
+    "renamed parameter": (
+        {"step": lambda self, opt, closure=None: None},
+        "Expected step(self, optimizer, closure=None). Received: step(self, opt, closure=None).",
+    ),
+    "lost default": (
+        {"zero_grad": lambda self, optimizer, set_to_none: None},
+        "Expected zero_grad(self, optimizer, set_to_none=True). Received: zero_grad(self, optimizer, set_to_none).",
+    ),
+    "other kind": (
+        {"clip_gradients": lambda self, optimizer, *, value, algorithm: None},
+        "Received: clip_gradients(self, optimizer, *, value, algorithm).",
+    ),
+    "instance method for a classmethod": (
+        {"available": lambda self: None},
+        "Expected classmethod available(). Received: available(self).",
+    ),
+    "default method": (
+        {"batch_to_device": lambda self, data: data},
+        "Expected batch_to_device(self, batch). Received: batch_to_device(self, data).",
+    ),
+    "not a method": ({"launch": 3}, "Expected launch(self). Received: launch = 3."),
+    "name": ({"name": "Complete"}, "Expected name to be a lower-case str. Received: 'Complete'."),
+    "capabilities": ({"capabilities": {"32-true"}}, "Expected capabilities to be an xtrain.contract.Capabilities."),
+    "unknown precision": (
+        {"capabilities": Capabilities(precisions=frozenset({"32-true", "fp7"}))},
+        "bf16-true, 16-true. Received: ['fp7'].",
+    ),
+    "no precision": ({"capabilities": Capabilities(precisions=frozenset())}, "Received: none."),
+}
+if sys.version_info >= (3, 11):  # before that, typing.final leaves no trace
+    WRONG["final method"] = ({"describe": lambda self: ""}, "Expected describe to be left as it is in the contract.")
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG.values(), ids=WRONG)
+def test_offending_attribute_is_quoted(overrides, message):
+    with pytest.raises(BackendContractError) as caught:
+        validate_backend(complete(**overrides))
+    assert message in str(caught.value)
+    assert str(caught.value).count("\n") == 1, "exactly one problem is reported"
+
+
+@pytest.mark.parametrize("thing", [None, int, "cpu", Backend.__mro__[-1]])
+def test_something_else_is_no_backend(thing):
+    with pytest.raises(BackendContractError, match=r"subclass of xtrain.contract.Backend. Received"):
+        validate_backend(thing)
+
+
+def test_every_registered_backend_fulfils_the_contract():
+    for name in registered_backends():
+        assert issubclass(get_backend_class(name), Backend)

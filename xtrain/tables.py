@@ -1,0 +1,75 @@
+"""The tables users read, as GitHub markdown: printed by ``xtrain backends``, pasted into the README.
+
+Both are rendered from what the Trainer obeys (capabilities and rules), so they cannot say anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from xtrain.contract import Backend
+from xtrain.errors import MissingDependencyError, XTrainError
+from xtrain.precision import PRECISIONS
+from xtrain.registry import get_backend_class, registered_backends
+from xtrain.rules import all_rules
+
+YES = "yes"
+NO = "-"
+
+
+def render_matrix() -> str:
+    """Return which backend takes which precision: one row per backend, aliases together."""
+    rows = [
+        [names, *(YES if precision in cls.capabilities.precisions else NO for precision in PRECISIONS)]
+        for names, cls in _importable_backends()
+    ]
+    return _markdown(["`backend=`", *(f"`{precision}`" for precision in PRECISIONS)], rows)
+
+
+def render_rules() -> str:
+    """Return the refused combinations: one row per rule, those of the backends last."""
+    rules = all_rules(cls for _, cls in _importable_backends())
+    rows = [[f"`{rule.id}`", rule.combination, rule.reason, rule.fix, rule.reference] for rule in rules]
+    return _markdown(["rule", "refused", "because", "instead", "see"], rows)
+
+
+def render_availability() -> str:
+    """Return whether each backend can run on this machine, and if not, what to do about it."""
+    rows = [[names, _availability(aliases[0])] for names, aliases in _grouped_names()]
+    return _markdown(["`backend=`", "on this machine"], rows)
+
+
+def _grouped_names() -> list[tuple[str, list[str]]]:
+    """Return ``(shown, names)`` for each registered class."""
+    by_place: dict[str, list[str]] = {}
+    for name, place in registered_backends().items():
+        by_place.setdefault(place, []).append(name)
+    return [(", ".join(f"`{name}`" for name in names), names) for names in by_place.values()]
+
+
+def _importable_backends() -> list[tuple[str, type[Backend]]]:
+    """Return ``(shown names, class)`` of the backends whose module can be imported here."""
+    found = []
+    for shown, names in _grouped_names():
+        try:
+            found.append((shown, get_backend_class(names[0])))
+        except MissingDependencyError:
+            continue  # `render_availability` tells what to install
+    return found
+
+
+def _availability(name: str) -> str:
+    try:
+        return get_backend_class(name).available() or YES
+    except XTrainError as error:
+        return str(error)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([_cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return `text` as one table cell: a pipe or a line break would end it."""
+    return " ".join(text.split()).replace("|", "\\|")
