@@ -1,0 +1,86 @@
+"""The runner: which outcome makes a leg fail, and that no test file is left out of the legs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "ci"))
+
+from legs import ENVIRONMENTS, LEGS  # noqa: E402
+
+
+def test_every_test_file_belongs_to_a_leg():
+    claimed = {path for leg in LEGS.values() for pattern in leg.tests for path in ROOT.glob(pattern)}
+    assert sorted(set((ROOT / "tests").rglob("test_*.py")) - claimed) == []
+
+
+@pytest.mark.parametrize("name", LEGS)
+def test_leg_names_what_exists(name):
+    leg = LEGS[name]
+    assert leg.environment in ENVIRONMENTS
+    assert leg.tests or leg.commands
+    assert all(list(ROOT.glob(pattern)) for pattern in leg.tests)
+
+
+def test_extras_of_the_environments_are_in_the_metadata():
+    metadata = (ROOT / "pyproject.toml").read_text()
+    for environment in ENVIRONMENTS.values():
+        assert all(re.search(rf"^{extra} = \[", metadata, re.MULTILINE) for extra in environment.extras)
+
+
+def test_list_feeds_a_matrix():
+    run = subprocess.run([sys.executable, "ci/run.py", "--list", "--json"], cwd=ROOT, capture_output=True, check=True)
+    assert json.loads(run.stdout) == list(LEGS)
+
+
+@pytest.fixture
+def small_project(tmp_path):
+    """A project with the real runner, one leg, and an environment that needs no download; returns its runner."""
+    (tmp_path / "ci").mkdir()
+    shutil.copy(ROOT / "ci" / "run.py", tmp_path / "ci")
+    legs = (ROOT / "ci" / "legs.py").read_text()
+    table = (
+        'ENVIRONMENTS = {"light": Environment((), ())}\nLEGS = {"one": Leg("light", tests=("test_*.py",), minutes=1)}\n'
+    )
+    (tmp_path / "ci" / "legs.py").write_text(f"{legs}\n{table}")
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "entry_points.ini").write_text("")
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    # The environment is the one of this test, entered under the name that the runner looks for.
+    binaries = tmp_path / "venvs" / "light" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (binaries / "python").chmod(0o755)
+
+    def run(test: str | None) -> tuple[int, str]:
+        if test is not None:
+            (tmp_path / "test_it.py").write_text(test)
+        code = "import sys; sys.path.insert(0, 'ci'); sys.argv[0] = 'ci/run.py'; import run, pathlib\n"
+        code += f"run._environment = lambda name: pathlib.Path({str(binaries.parent)!r})\nsys.exit(run.main())"
+        env = {**os.environ, "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+        return done.returncode, done.stdout.splitlines()[-1]
+
+    return run
+
+
+OUTCOMES = {
+    "passes": ("def test_a(): pass", 0, "1 passed, 0 failed, 0 skipped"),
+    "fails": ("def test_a(): pass\ndef test_b(): assert 0", 1, "1 passed, 1 failed, 0 skipped"),
+    "skips": ("import pytest\ndef test_a(): pytest.skip('no')", 1, "0 passed, 1 failed, 1 skipped"),
+    "collects nothing": ("def helper(): pass", 1, "0 passed, 1 failed, 0 skipped"),
+    "has no file": (None, 1, "0 passed, 1 failed, 0 skipped"),
+    "dies": ("import os\ndef test_a(): os._exit(0)", 1, "0 passed, 1 failed, 0 skipped"),
+}
+
+
+@pytest.mark.parametrize(("test", "status", "line"), OUTCOMES.values(), ids=OUTCOMES)
+def test_outcome_of_a_leg(small_project, test, status, line):
+    assert small_project(test) == (status, line)

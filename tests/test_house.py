@@ -1,0 +1,163 @@
+"""The house rules that no linter knows: arrows between folders, cost of an import, sizes, the public surface."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import xtrain
+from xtrain.registry import registered_backends
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = sorted((ROOT / "xtrain").rglob("*.py"))
+BACKENDS = sorted((ROOT / "backends").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+CI = sorted((ROOT / "ci").rglob("*.py"))
+
+PUBLIC = {
+    "Backend",
+    "BackendContractError",
+    "BackendUnavailableError",
+    "Callback",
+    "Capabilities",
+    "ConfigurationError",
+    "LightningDataModule",
+    "LightningModule",
+    "LightningOptimizer",
+    "MissingDependencyError",
+    "NonFiniteLossError",
+    "ProgressBar",
+    "ProtocolError",
+    "Trainer",
+    "UnknownBackendError",
+    "UnsupportedCombinationError",
+    "XTrainError",
+    "register_backend",
+    "seed_everything",
+}
+
+
+def by_path(paths: list[Path]):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the full name of every module that `path` imports, at its top or inside a function."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from [module] if node.module else (f"{module}.{alias.name}" for alias in node.names)
+
+
+# ---------------------------------------------------------------- arrows
+
+
+@by_path(CORE)
+def test_core_imports_no_backend(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert not tops & {"backends", "xtrain_backends", "torch_xla", "deepspeed", "accelerate"}
+
+
+@by_path(BACKENDS)
+def test_backend_imports_only_the_core_and_private_helpers(path):
+    own = [name for name in imported(path) if name.split(".")[0] in ("backends", "xtrain_backends")]
+    assert [name for name in own if not name.split(".")[1].startswith("_")] == []
+    assert not {name.split(".")[0] for name in imported(path)} & {"tests", "examples", "ci"}
+
+
+def test_public_modules_of_the_core_have_no_import_cycle():
+    """Imports for annotations only (under TYPE_CHECKING) and inside functions are no arrows at run time."""
+    arrows = {module_name(path): set(imported_at_run_time(path)) for path in CORE}
+    settled: set[str] = set()
+    while ready := {
+        name for name, needs in arrows.items() if name not in settled and not (needs & arrows.keys()) - settled
+    }:
+        settled |= ready
+    assert sorted(arrows.keys() - settled) == []
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_at_run_time(path: Path) -> Iterator[str]:
+    for node in parse(path).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+# ---------------------------------------------------------------- imports
+
+
+def top_level_modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_import_loads_nothing_but_torch_and_the_standard_library():
+    extra = top_level_modules_after("import xtrain") - top_level_modules_after("import torch")
+    assert extra - sys.stdlib_module_names - {"xtrain", "xtrain_backends"} == set()
+
+
+def test_import_loads_no_backend():
+    code = "import sys, xtrain; print([m for m in sys.modules if m.startswith('xtrain_backends.')])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_public_surface_is_frozen():
+    assert set(xtrain.__all__) == PUBLIC
+    assert all(hasattr(xtrain, name) for name in PUBLIC)
+
+
+# ---------------------------------------------------------------- names
+
+
+@by_path(CORE + EXAMPLES)
+def test_no_branch_on_a_backend_name(path):
+    """Decisions come from capabilities: a name in a comparison is a special case in disguise."""
+    names = set(registered_backends()) | {"deepspeed", "tpu", "xla"}
+    compared = [
+        (node.lineno, constant.value)
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Compare | ast.MatchValue)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and constant.value in names
+    ]
+    assert compared == []
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+
+
+@by_path(CORE + BACKENDS + EXAMPLES + CI)
+def test_file_fits_its_reader(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+    assert [(name, lines) for name, lines in functions(path) if lines > 60] == []
+
+
+def test_functions_are_short():
+    assert statistics.median(lines for path in CORE + BACKENDS for _, lines in functions(path)) <= 10
