@@ -1,0 +1,191 @@
+"""The hooks of a callback: every method here does nothing until it is overridden."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from xtrain.module import LightningModule
+    from xtrain.trainer import Trainer
+
+
+class Callback:
+    """Code that a Trainer runs at certain moments; override what you need.
+
+    Only overridden hooks are called, so the others cost nothing. A callback runs before the hook of
+    the same name of the module; several callbacks run in the order they were given. Every hook gets
+    the Trainer and the module that is run. `batch` is on the device already, and `dataloader_idx`
+    counts evaluation loaders from 0.
+
+    Example:
+        >>> class Announce(Callback):
+        ...     def on_train_epoch_end(self, trainer, module):
+        ...         print(f"epoch {trainer.current_epoch} is done")
+    """
+
+    # ---------------------------------------------------------------- a run
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Before the module moves to its device. `stage`: fit, validate, test or predict."""
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """After a run, also one that ended by an exception."""
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the optimizers were set up."""
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After `on_train_end`."""
+
+    def on_sanity_check_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before the few validation batches that precede training."""
+
+    def on_sanity_check_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the few validation batches that precede training."""
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """When a run is about to end by `exception`, a KeyboardInterrupt included."""
+
+    # ---------------------------------------------------------------- training
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before the first epoch."""
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the last epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before the first batch of an epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the last batch; ``trainer.callback_metrics`` holds the epoch's metrics."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> int | None:
+        """Before a training step; return -1 to skip the rest of the epoch."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a training step; `outputs` is what it returned."""
+
+    # ---------------------------------------------------------------- validation
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before validation."""
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After validation."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before the first validation batch."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the last validation batch; ``trainer.callback_metrics`` holds the results."""
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before a validation step."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After a validation step; `outputs` is what it returned."""
+
+    # ---------------------------------------------------------------- testing
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before testing."""
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After testing."""
+
+    def on_test_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before the first test batch."""
+
+    def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the last test batch; ``trainer.callback_metrics`` holds the results."""
+
+    def on_test_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before a test step."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After a test step; `outputs` is what it returned."""
+
+    # ---------------------------------------------------------------- prediction
+
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before prediction."""
+
+    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After prediction."""
+
+    def on_predict_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before the first prediction batch."""
+
+    def on_predict_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the last prediction batch."""
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before a prediction step."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After a prediction step; `outputs` is what it returned."""
+
+    # ---------------------------------------------------------------- the life of a gradient
+
+    def on_before_zero_grad(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        """Before the gradients of the raw `optimizer` are dropped."""
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        """Before each backward; `loss` is 0-dim and unscaled."""
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        """After each backward; gradients are local and may be scaled."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        """Before the raw `optimizer` steps; its gradients are averaged and unscaled."""
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep of this callback: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Before `checkpoint` is written; it may be changed."""
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """After `checkpoint` was read, before it is used."""

@@ -1,0 +1,176 @@
+"""A progress bar that costs nothing per step: it looks at the clock, and draws when it is time."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from xtrain.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from xtrain.module import LightningModule
+    from xtrain.trainer import Trainer
+
+_SECONDS_IN_A_TERMINAL = 0.1
+_SECONDS_IN_A_LOG_FILE = 10.0
+
+
+class ProgressBar(Callback):
+    """Shows epochs, batches and the metrics logged with ``prog_bar=True``, on rank 0, on stderr.
+
+    Metrics are those that a log point has read already, so the bar never waits for the device. Where
+    stderr is a file or a pipe, a line is written now and then, and one per epoch.
+
+    Args:
+        refresh_seconds: time between two drawings; default: 0.1 in a terminal, else 10.
+        leave: keep the bars of finished epochs on the screen.
+    """
+
+    def __init__(self, refresh_seconds: float | None = None, leave: bool = True) -> None:
+        self._seconds = refresh_seconds
+        self._leave = leave
+        self._shown = False
+        self._bars: list[_Bar] = []  # the last one is drawn: validation runs inside of an epoch
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Find out whether this process shows anything."""
+        self._shown = trainer.is_global_zero
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Leave the terminal in order, also after an exception."""
+        while self._bars:
+            self._close(trainer)
+
+    def print(self, text: str) -> None:
+        """Write `text` to stdout, above the bars."""
+        if not self._bars:
+            print(text)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(text)
+
+    def _open(self, description: str, total: int | float | None = None, leave: bool = True) -> None:
+        if self._shown:
+            known = None if total is None or math.isinf(total) else int(total)
+            self._bars.append(_Bar(description, known, self._seconds, leave and self._leave))
+
+    def _advance(self, trainer: Trainer) -> None:
+        if self._bars:
+            bar = self._bars[-1]
+            bar.done += 1
+            if time.monotonic() >= bar.due:
+                bar.draw(trainer.progress_bar_metrics)
+
+    def _close(self, trainer: Trainer) -> None:
+        if self._bars:
+            self._bars.pop().close(trainer.progress_bar_metrics)
+
+    # ---------------------------------------------------------------- when
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the bar of the epoch."""
+        last = f"/{trainer.max_epochs}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
+        self._open(f"Epoch {trainer.current_epoch + 1}{last}", trainer.num_training_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a batch."""
+        self._advance(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw the epoch for the last time."""
+        self._close(trainer)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the bar of validation, which disappears if it is part of training."""
+        self._open("Sanity check" if trainer.sanity_checking else "Validation", leave=not trainer.training)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        self._advance(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw validation for the last time."""
+        self._close(trainer)
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the bar of testing."""
+        self._open("Testing")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        self._advance(trainer)
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw testing for the last time."""
+        self._close(trainer)
+
+    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the bar of prediction."""
+        self._open("Predicting")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        self._advance(trainer)
+
+    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw prediction for the last time."""
+        self._close(trainer)
+
+
+class _Bar:
+    """One bar of tqdm: drawn in place in a terminal or a notebook, line by line elsewhere."""
+
+    def __init__(self, description: str, total: int | None, seconds: float | None, leave: bool) -> None:
+        from tqdm import tqdm
+
+        self._moves = sys.stderr.isatty() or "ipykernel" in sys.modules
+        usual = _SECONDS_IN_A_TERMINAL if self._moves else _SECONDS_IN_A_LOG_FILE
+        self._seconds = usual if seconds is None else seconds
+        file = sys.stderr if self._moves else io.StringIO()  # tqdm formats the lines, but does not write them
+        self._tqdm = tqdm(desc=description, total=total, file=file, leave=leave, dynamic_ncols=self._moves)
+        self.done = 0
+        self.due = time.monotonic() + self._seconds
+
+    def draw(self, metrics: Mapping[str, float]) -> None:
+        self.due = time.monotonic() + self._seconds
+        self._tqdm.n = self.done
+        self._tqdm.set_postfix(metrics, refresh=False)
+        if self._moves:
+            self._tqdm.refresh()
+        else:
+            print(self._tqdm, file=sys.stderr, flush=True)
+
+    def close(self, metrics: Mapping[str, float]) -> None:
+        self.draw(metrics)
+        self._tqdm.close()

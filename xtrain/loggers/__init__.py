@@ -1,0 +1,40 @@
+"""Loggers: where metrics go. `CSVLogger` needs nothing, `TensorBoardLogger` the tensorboard package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from xtrain.errors import ConfigurationError, explain
+from xtrain.loggers.base import Logger as Logger
+from xtrain.loggers.csv import CSVLogger as CSVLogger
+from xtrain.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
+
+__all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "as_loggers"]
+
+
+def as_loggers(logger: Any, root: str) -> list[Logger]:
+    """Return the loggers that ``Trainer(logger=...)`` asks for.
+
+    Args:
+        logger: None or False for none, True for a `CSVLogger`, one logger or several.
+        root: folder of the `CSVLogger`.
+
+    Raises:
+        ConfigurationError: for anything that is no `Logger`.
+    """
+    if logger is None or logger is False:
+        return []
+    if logger is True:
+        return [CSVLogger(root)]
+    loggers = list(logger) if isinstance(logger, Iterable) else [logger]
+    for each in loggers:
+        if not isinstance(each, Logger):
+            raise ConfigurationError(
+                explain(
+                    "logger=True, a Logger, or a list of them",
+                    f"{each!r} ({type(each).__name__})",
+                    "Trainer(logger=CSVLogger('logs'))",
+                )
+            )
+    return loggers

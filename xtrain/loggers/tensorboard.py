@@ -1,0 +1,84 @@
+"""Metrics as TensorBoard event files; the tensorboard package is imported when the first one is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from xtrain.errors import MissingDependencyError
+from xtrain.loggers.base import FileLogger, rank_zero_only
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardLogger(FileLogger):
+    """Writes event files to ``save_dir/name/version_N``; look at them with ``tensorboard --logdir save_dir``.
+
+    Args:
+        save_dir: the folder of all experiments.
+        name: the experiment.
+        version: an int N or the name of a folder; None takes the first N that is free.
+        **kwargs: passed on to `torch.utils.tensorboard.SummaryWriter`.
+
+    Example:
+        >>> trainer = Trainer(logger=TensorBoardLogger("logs"))
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        name: str = "lightning_logs",
+        version: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(save_dir, name, version)
+        self._kwargs = kwargs
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def experiment(self) -> SummaryWriter:
+        """The `SummaryWriter`, for images, text and histograms. Use it on rank 0 only.
+
+        Raises:
+            MissingDependencyError: if the tensorboard package is not installed.
+        """
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise MissingDependencyError(
+                    "TensorBoardLogger needs the tensorboard package: pip install 'xtrain[loggers]'"
+                ) from error
+            self._writer = SummaryWriter(self.log_dir, **self._kwargs)
+        return self._writer
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add one scalar per metric."""
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, value, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Add the hyperparameters to the HPARAMS page; what it cannot hold is written as text."""
+        from torch.utils.tensorboard.summary import hparams
+
+        writer = self.experiment
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
+        for summary in hparams(plain, {}):  # type: ignore[no-untyped-call]
+            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what the writer kept back."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
