@@ -1,0 +1,29 @@
+"""The ``cpu`` backend: plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from xtrain.contract import Capabilities
+
+from ._eager import EagerBackend
+
+
+@final
+class CPU(EagerBackend):
+    """Trains on the CPU, in fp32, under autocast (fp16 with the loss scaler, bf16) or in bf16."""
+
+    name = "cpu"
+    capabilities = Capabilities(
+        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
+        asynchronous=False,
+    )
+
+    @classmethod
+    def available(cls) -> str | None:
+        return None
+
+    def launch(self) -> None:
+        self.device = torch.device("cpu")

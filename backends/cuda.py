@@ -1,0 +1,85 @@
+"""The ``cuda`` backend: PyTorch on an NVIDIA GPU, with AMP."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from xtrain.contract import Capabilities
+from xtrain.errors import ConfigurationError, explain
+from xtrain.rules import Rule, Situation
+
+from ._eager import EagerBackend
+
+
+def _bf16_missing(situation: Situation) -> str | None:
+    if not situation.precision.name.startswith("bf16") or torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    return f"{situation.precision.name} on {torch.cuda.get_device_name()}"
+
+
+@final
+class CUDA(EagerBackend):
+    """Trains on the GPU numbered LOCAL_RANK (0 without a launcher).
+
+    Batches are pinned and copied without blocking; fused and foreach optimizers work as they are,
+    since gradients are unscaled before they are clipped and stepped.
+
+    Args:
+        pin_memory: copy batches through page-locked memory, so that the copy overlaps with compute.
+    """
+
+    name = "cuda"
+    capabilities = Capabilities(precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"}))
+    rules = (
+        Rule(
+            "cuda-bf16",
+            "bf16 on a GPU without bf16 arithmetic (before Ampere)",
+            "The GPU would emulate it, slower than fp32.",
+            "Trainer(precision='16-mixed')",
+            "torch.cuda.is_bf16_supported",
+            _bf16_missing,
+        ),
+    )
+
+    def __init__(self, pin_memory: bool = True) -> None:
+        self.pin_memory = pin_memory
+
+    @classmethod
+    def available(cls) -> str | None:
+        if torch.cuda.is_available():
+            return None
+        if torch.version.cuda is None:
+            return "this torch was built without CUDA; pip install 'xtrain[cuda]' from an index with CUDA builds"
+        return "no CUDA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use backend='cpu'"
+
+    def launch(self) -> None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigurationError(
+                explain(
+                    f"LOCAL_RANK below the number of visible GPUs, {count}",
+                    local_rank,
+                    f"torchrun --nproc_per_node={count} script.py",
+                )
+            )
+        self.device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(self.device)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if self.pin_memory and tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        dtype = self.precision.parameter_dtype if tensor.is_floating_point() else None
+        return tensor.to(self.device, dtype, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rng": torch.cuda.get_rng_state(self.device)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "rng" in state:
+            torch.cuda.set_rng_state(state["rng"], self.device)

@@ -1,0 +1,149 @@
+"""Reads what a user's ``configure_optimizers`` returned, in any of Lightning's documented forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from xtrain.errors import ConfigurationError, explain
+
+ACCEPTED_FORMS = (
+    "an optimizer; a list or tuple of optimizers; (list of optimizers, list of schedulers); "
+    "a dict with 'optimizer' and optionally 'lr_scheduler'; a list or tuple of such dicts; or None"
+)
+_EXAMPLE = "return [g_opt, d_opt], [g_scheduler]"
+
+
+@dataclass
+class LRSchedulerConfig:
+    """A learning-rate scheduler and when automatic optimization steps it.
+
+    In manual optimization the user steps it and every other field is ignored.
+
+    Attributes:
+        scheduler: the torch scheduler.
+        interval: ``"epoch"`` or ``"step"``, the unit of `frequency`.
+        frequency: step the scheduler every so many intervals.
+        monitor: name in ``trainer.callback_metrics``, needed by `ReduceLROnPlateau`.
+        strict: raise (rather than warn) when `monitor` is missing.
+        name: a label for loggers.
+        reduce_on_plateau: whether ``step`` takes the monitored value.
+    """
+
+    scheduler: Any
+    interval: str = "epoch"
+    frequency: int = 1
+    monitor: str | None = None
+    strict: bool = True
+    name: str | None = None
+    reduce_on_plateau: bool = False
+
+
+def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    """Return the optimizers and scheduler settings in `returned`.
+
+    Raises:
+        ConfigurationError: naming the item that is not understood, its type and what is accepted;
+            also for a scheduler of an optimizer that was not returned, and for a parameter that one
+            optimizer holds twice.
+    """
+    optimizers, schedulers = _split(returned)
+    for index, optimizer in enumerate(optimizers):
+        _check_unique_parameters(index, optimizer)
+    for config in schedulers:
+        owner = getattr(config.scheduler, "optimizer", None)
+        if not any(owner is o for o in optimizers):
+            raise ConfigurationError(
+                explain(
+                    "every scheduler to drive an optimizer that configure_optimizers returns",
+                    f"a {type(config.scheduler).__name__} of a {type(owner).__name__} that is not returned",
+                    "return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10)]",
+                )
+            )
+    return optimizers, schedulers
+
+
+def _split(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    if returned is None:
+        return [], []
+    if isinstance(returned, Optimizer | dict):
+        returned = [returned]
+    if not isinstance(returned, list | tuple):
+        raise _nonsense("the returned value", returned)
+    if len(returned) == 2 and all(isinstance(part, list | tuple) for part in returned):
+        optimizers, schedulers = returned
+        for index, item in enumerate(optimizers):
+            if not isinstance(item, Optimizer):
+                raise _nonsense(f"item {index} of the list of optimizers", item)
+        configs = [_scheduler(item, f"item {i} of the list of schedulers") for i, item in enumerate(schedulers)]
+        return list(optimizers), configs
+    return _read_items(returned)
+
+
+def _read_items(items: Sequence[Any]) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    optimizers: list[Optimizer] = []
+    schedulers: list[LRSchedulerConfig] = []
+    for index, item in enumerate(items):
+        where = f"item {index}"
+        if isinstance(item, Optimizer):
+            optimizers.append(item)
+            continue
+        if not isinstance(item, dict):
+            raise _nonsense(where, item)
+        unknown = sorted(set(item) - {"optimizer", "lr_scheduler", "monitor", "frequency"})
+        if unknown:
+            raise _nonsense(f"{where}, keys {unknown},", item)
+        if not isinstance(item.get("optimizer"), Optimizer):
+            raise _nonsense(f"{where}['optimizer']", item.get("optimizer"))
+        optimizers.append(item["optimizer"])
+        if item.get("lr_scheduler") is not None:
+            schedulers.append(_scheduler(item["lr_scheduler"], f"{where}['lr_scheduler']", item.get("monitor")))
+    return optimizers, schedulers
+
+
+def _scheduler(item: Any, where: str, monitor: str | None = None) -> LRSchedulerConfig:
+    settings = dict(item) if isinstance(item, dict) else {"scheduler": item}
+    known = [field.name for field in fields(LRSchedulerConfig)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ConfigurationError(explain(f"scheduler keys out of {', '.join(known)} in {where}", ", ".join(unknown)))
+    scheduler = settings.get("scheduler")
+    if not (isinstance(scheduler, LRScheduler) or (hasattr(scheduler, "step") and hasattr(scheduler, "optimizer"))):
+        raise _nonsense(f"{where}, the scheduler,", scheduler)
+    settings.setdefault("reduce_on_plateau", isinstance(scheduler, ReduceLROnPlateau))
+    settings.setdefault("monitor", monitor)
+    config = LRSchedulerConfig(**settings)
+    if config.interval not in ("epoch", "step"):
+        raise ConfigurationError(explain(f"'epoch' or 'step' as the interval of {where}", repr(config.interval)))
+    if not (isinstance(config.frequency, int) and config.frequency >= 1):
+        raise ConfigurationError(explain(f"a frequency of at least 1 in {where}", repr(config.frequency)))
+    return config
+
+
+def _nonsense(where: str, received: Any) -> ConfigurationError:
+    return ConfigurationError(
+        explain(
+            f"configure_optimizers to return {ACCEPTED_FORMS}",
+            f"{where} is {type(received).__name__}: {received!r:.80}",
+            _EXAMPLE,
+        )
+    )
+
+
+def _check_unique_parameters(index: int, optimizer: Optimizer) -> None:
+    seen: set[int] = set()
+    for group_index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) in seen:
+                raise ConfigurationError(
+                    explain(
+                        f"each parameter once in optimizer {index} ({type(optimizer).__name__})",
+                        f"parameter {position} of group {group_index}, shape {tuple(parameter.shape)}, a second time",
+                        "torch.optim.Adam(dict.fromkeys([*a.parameters(), *b.parameters()]))",
+                    )
+                )
+            seen.add(id(parameter))

@@ -1,0 +1,243 @@
+"""What a backend is: the life of a gradient, executed on one kind of device.
+
+`LightningOptimizer` decides *when* each verb runs, in the same order everywhere::
+
+    zero_grad -> backward -> finalize_gradients -> clip_gradients -> step -> step_boundary
+
+A backend only executes. `finalize_gradients` runs exactly once between a backward and the step that
+consumes it, so a backend may reduce and unscale there without keeping flags of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from xtrain.errors import ConfigurationError, explain
+from xtrain.precision import Precision
+
+if TYPE_CHECKING:
+    from xtrain.optimizer import LightningOptimizer
+    from xtrain.rules import Rule
+
+T = TypeVar("T")
+ReduceOp = Literal["mean", "sum", "max", "min"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do; the rule table decides from these facts, never from a name.
+
+    Attributes:
+        precisions: names out of `xtrain.precision.PRECISIONS`.
+        reevaluating_closures: `step` may call its closure several times (LBFGS).
+        value_clipping: gradients are whole when they are clipped, so single values can be clamped.
+        shared_parameters: two optimizers may hold the same parameter.
+        asynchronous: reading a value waits for the device, so the loop reads in batches.
+        multi_process: several processes may train together.
+    """
+
+    precisions: frozenset[str]
+    reevaluating_closures: bool = True
+    value_clipping: bool = True
+    shared_parameters: bool = True
+    asynchronous: bool = True
+    multi_process: bool = False
+
+
+class Collectives:
+    """Communication between the processes (or replicas) of a run; this class is a run of one.
+
+    Every method must be called by all ranks. Tensors keep shape, dtype and device unless said
+    otherwise.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
+        """Return the reduction of `tensor` over the ranks; `tensor` is left alone."""
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' tensors, shape ``(world_size, *tensor.shape)``."""
+        return tensor.unsqueeze(0)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return `value` (a tensor or any picklable object) of rank `source`."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+
+class Backend(ABC):
+    """One kind of device. Subclasses are final: mark them with `typing.final`.
+
+    Settings that belong to a backend are keyword arguments of its ``__init__``; a Trainer is given
+    either the instance (``backend=DeepSpeed(stage=3)``) or name and ``backend_options={"stage": 3}``.
+
+    The Trainer calls, in this order: `available`, `launch`, `setup_module`, the user's
+    ``configure_optimizers``, the rule table, `setup_optimizers`, then the verbs, then `teardown`.
+
+    Attributes:
+        name: the registered name, lower case.
+        capabilities: see `Capabilities`.
+        rules: refused combinations that only this backend knows; part of the printed table.
+        precision: set by the Trainer before `launch`.
+        scaler_kwargs: options of the loss scaler, set by the Trainer before `launch`.
+        devices: number of devices asked for (None: whatever the launcher says), set likewise.
+        device: the `torch.device` of this process, set by `launch`.
+        collectives: set by `launch`; the default is a run of one process.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    precision: Precision = Precision("32-true")
+    scaler_kwargs: dict[str, Any] | None = None
+    devices: int | None = None
+    device: torch.device = torch.device("cpu")
+    collectives: Collectives = Collectives()
+
+    # ---------------------------------------------------------------- start-up
+
+    @classmethod
+    @abstractmethod
+    def available(cls) -> str | None:
+        """Return None if the backend can run here, else the reason and what to do about it."""
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Join the launcher's processes, or start the missing ones; set `device` and `collectives`."""
+
+    @abstractmethod
+    def setup_module(self, module: nn.Module) -> None:
+        """Move `module` to `device` in the policy's parameter dtype; tied parameters stay tied."""
+
+    @abstractmethod
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+        """Make engines, scalers or shards for `optimizers`, which hold the parameters that train."""
+
+    # ---------------------------------------------------------------- the life of a gradient
+
+    @abstractmethod
+    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
+        """Drop the gradients of `optimizer`, wherever the backend keeps them."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of `loss` (0-dim) to what is accumulated; extra arguments reach autograd."""
+
+    @abstractmethod
+    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
+        """Make the gradients of `optimizer` true: averaged over ranks and unscaled."""
+
+    @abstractmethod
+    def clip_gradients(
+        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
+    ) -> Tensor:
+        """Clip finalized gradients in place and return their total 2-norm before clipping, 0-dim."""
+
+    @abstractmethod
+    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        """Run the torch step. Returns its result and whether parameters were updated."""
+
+    @abstractmethod
+    def step_boundary(self) -> None:
+        """End a training, validation or prediction step: launch the graph, update the loss scale."""
+
+    # ---------------------------------------------------------------- defaults
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Return a fresh context for one forward pass: autocast, another default dtype, or nothing."""
+        return self.precision.forward_context(self.device.type)
+
+    def batch_to_device(self, batch: Any) -> Any:
+        """Return `batch` with its tensors on `device`, floats in the policy's parameter dtype."""
+        return map_tensors(self._move, batch)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        dtype = self.precision.parameter_dtype if tensor.is_floating_point() else None
+        return tensor.to(self.device, dtype)
+
+    def read_scalars(self, values: Sequence[Tensor]) -> list[float]:
+        """Return 0-dim tensors as floats with as few waits for the device as it allows."""
+        if not values:
+            return []
+        return torch.stack([v.detach().to(self.device, torch.float64) for v in values]).tolist()
+
+    def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Return a context in which every parameter of `module` is whole (ZeRO-3 gathers here)."""
+        return nullcontext()
+
+    def has_gradients(self, optimizer: LightningOptimizer) -> bool:
+        """Return whether any parameter of `optimizer` has a gradient."""
+        return any(p.grad is not None for p in optimizer.parameters)
+
+    def unseen_gradient(self) -> str | None:
+        """Return what a gradient misses when ``loss.backward()`` is called directly, or None."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the backend's own state (loss scale, device RNG): CPU tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most backends have no state
+        """Restore what `state_dict` returned."""
+
+    def teardown(self) -> None:  # noqa: B027  # nor anything to release
+        """Release what `launch` and the setups took. Called once, also after an exception."""
+
+    @final
+    def describe(self) -> str:
+        """Return name, device and precision in one line."""
+        return f"backend={self.name} device={self.device} precision={self.precision.name}"
+
+
+def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
+    """Return `data` with `function` applied to each tensor in nested dicts, sequences and dataclasses.
+
+    Containers keep their type (namedtuples too). An object with a ``to`` method that is no tensor
+    is left to the user's ``transfer_batch_to_device``.
+    """
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, dict):
+        items = {key: map_tensors(function, value) for key, value in data.items()}
+        return items if type(data) is dict else type(data)(items)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(map_tensors(function, value) for value in data))
+    if isinstance(data, list | tuple):
+        return type(data)(map_tensors(function, value) for value in data)
+    if is_dataclass(data) and not isinstance(data, type):
+        return replace(data, **{f.name: map_tensors(function, getattr(data, f.name)) for f in fields(data) if f.init})
+    return data
+
+
+def check_clip_value(value: Any) -> float:
+    """Return `value` as a float.
+
+    Raises:
+        ConfigurationError: unless it is a finite number of at least 0, or infinity (measure only).
+    """
+    fix = "self.clip_gradients(opt, gradient_clip_val=1.0)"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(explain("a number as gradient_clip_val", f"{value!r} ({type(value).__name__})", fix))
+    if not value > 0:  # also catches NaN
+        raise ConfigurationError(explain("a gradient_clip_val above zero", value, fix))
+    return float(value)
+
+
+def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    """Return the parameters of raw torch optimizers in order, each once."""
+    unique = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}
+    return list(unique.values())

@@ -1,0 +1,62 @@
+"""Every error xtrain raises on purpose.
+
+All derive from `XTrainError` and from the built-in a caller would expect, so both
+``except XTrainError`` and ``except ValueError`` work. Messages follow one pattern, built by
+`explain`: what was expected, what came, and the corrected line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class XTrainError(Exception):
+    """Base of all errors raised by xtrain."""
+
+
+class ConfigurationError(XTrainError, ValueError):
+    """An argument, a return value or a module that cannot be used as it is."""
+
+
+class UnknownBackendError(ConfigurationError):
+    """No backend is registered under the given name."""
+
+
+class MissingDependencyError(XTrainError, ImportError):
+    """A backend or logger needs a package that is not installed; the message has the pip line."""
+
+
+class BackendUnavailableError(XTrainError, RuntimeError):
+    """The backend's software or hardware is not usable on this machine."""
+
+
+class BackendContractError(XTrainError, TypeError):
+    """A registered class does not fulfil the `Backend` contract."""
+
+
+class ProtocolError(XTrainError, RuntimeError):
+    """The life of a gradient was called in an order that would train something else."""
+
+
+class NonFiniteLossError(XTrainError, FloatingPointError):
+    """A loss became NaN or infinite and the Trainer was told to stop."""
+
+
+class UnsupportedCombinationError(XTrainError, RuntimeError):
+    """Backend, precision, optimizers and flags do not go together.
+
+    Attributes:
+        violations: one text per violated rule, all of them, in the order of the rule table.
+    """
+
+    def __init__(self, violations: Sequence[str]) -> None:
+        self.violations = tuple(violations)
+        count = len(self.violations)
+        head = f"{count} unsupported combination{'s' if count > 1 else ''} (nothing was trained):"
+        super().__init__("\n".join([head, *(f"  {i}. {v}" for i, v in enumerate(self.violations, 1))]))
+
+
+def explain(expected: str, received: object, fix: str | None = None) -> str:
+    """Return the message of an error: what was expected, what came, and the corrected line."""
+    text = f"Expected {expected}. Received: {received}."
+    return text if fix is None else f"{text}\nFix:  {fix}"

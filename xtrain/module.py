@@ -1,0 +1,315 @@
+"""`LightningModule`: what a researcher writes, and the verbs a training step uses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from xtrain.errors import ConfigurationError, ProtocolError, explain
+from xtrain.hooks import ModuleHooks
+from xtrain.optimizer import GradientLife, LightningOptimizer
+
+if TYPE_CHECKING:
+    from xtrain.trainer import Trainer
+
+
+class HyperParameters(dict[str, Any]):
+    """Saved arguments of ``__init__``, as a dict whose items are also attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"no hyperparameter {name!r}; saved are {sorted(self)}") from error
+
+
+class LightningModule(ModuleHooks, nn.Module):
+    """A `torch.nn.Module` with a training step.
+
+    Define `training_step` and `configure_optimizers`. In manual optimization
+    (``self.automatic_optimization = False``) the step calls the verbs itself::
+
+        def training_step(self, batch, batch_idx):
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(opt, gradient_clip_val=1.0)
+            opt.step()
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._trainer: Trainer | None = None
+        self._life: GradientLife | None = None
+        self._optimizers: Any = None
+        self._hparams = HyperParameters()
+        self.automatic_optimization = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_modules" not in self.__dict__:
+            raise ConfigurationError(
+                explain(
+                    f"super().__init__() before the first attribute of {type(self).__name__}",
+                    f"self.{name} = ... on a module that was not initialised",
+                    "def __init__(self): super().__init__(); ...",
+                )
+            )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the module is free of the run it was made in.
+        return {**self.__dict__, "_trainer": None, "_life": None, "_optimizers": None}
+
+    # ---------------------------------------------------------------- what the user defines
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Train on one batch. In automatic optimization return the loss, or a dict with ``"loss"``."""
+        raise _undefined(self, "training_step")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Evaluate one validation batch, without gradients."""
+        raise _undefined(self, "validation_step")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        """Evaluate one test batch, without gradients."""
+        raise _undefined(self, "test_step")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return the prediction for one batch; the default calls the module on it."""
+        return self(batch)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizers, in any of the forms listed in `xtrain.configure.ACCEPTED_FORMS`."""
+        raise _undefined(self, "configure_optimizers")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip before each step of automatic optimization. Not called in manual optimization."""
+        if gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step `optimizer` in automatic optimization; override to warm up, skip or log."""
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Zero the gradients in automatic optimization."""
+        optimizer.zero_grad()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a scheduler in automatic optimization."""
+        scheduler.step() if metric is None else scheduler.step(metric)
+
+    # ---------------------------------------------------------------- the run
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer of the current or last run.
+
+        Raises:
+            ProtocolError: if the module was never given to a Trainer.
+        """
+        if self._trainer is None:
+            fix = "Trainer(max_epochs=1).fit(module)"
+            raise ProtocolError(explain("a module that a Trainer runs", f"{type(self).__name__} outside of one", fix))
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        self._trainer = trainer
+
+    def _active(self, verb: str) -> GradientLife:
+        if self._life is None:
+            raise ProtocolError(
+                explain(
+                    f"{verb}() inside a run, where optimizers exist",
+                    "a call before or outside of Trainer.fit",
+                    f"def training_step(self, batch, batch_idx): ... self.{verb}(...)",
+                )
+            )
+        return self._life
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's tensors are."""
+        if self._trainer is not None:
+            return self._trainer.backend.device
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    current_epoch = property(lambda self: self._trainer.current_epoch if self._trainer else 0)
+    global_step = property(lambda self: self._trainer.global_step if self._trainer else 0)
+    global_rank = property(lambda self: self._trainer.global_rank if self._trainer else 0)
+    local_rank = property(lambda self: self._trainer.local_rank if self._trainer else 0)
+    logger = property(lambda self: self._trainer.logger if self._trainer else None)
+    loggers = property(lambda self: self._trainer.loggers if self._trainer else [])
+
+    # ---------------------------------------------------------------- the verbs of a training step
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """Return the optimizer, or the list of several.
+
+        Args:
+            use_pl_optimizer: False returns the raw torch optimizers. Stepping those works only
+                where nothing is scaled, averaged or sharded.
+
+        Raises:
+            ProtocolError: outside of a run.
+        """
+        life = self._active("optimizers")
+        if use_pl_optimizer:
+            return self._optimizers
+        raw = [o.optimizer for o in life.optimizers]
+        return raw[0] if len(raw) == 1 else raw
+
+    def lr_schedulers(self) -> Any:
+        """Return the scheduler, the list of several, or None. Their ``step`` belongs to you in manual mode."""
+        self._active("lr_schedulers")
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if not schedulers:
+            return None
+        return schedulers[0] if len(schedulers) == 1 else schedulers
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of `loss`; use it instead of ``loss.backward()``.
+
+        Args:
+            loss: a tensor with one element and a graph.
+            *args: passed on to `torch.Tensor.backward`, as are the keyword arguments.
+            **kwargs: ``retain_graph``, ``gradient``, ``create_graph``, ``inputs``.
+
+        Raises:
+            ProtocolError: in automatic optimization, or if the backward adds to clipped gradients.
+            ConfigurationError: if `loss` is no scalar tensor or has no graph.
+            NonFiniteLossError: if it is NaN or infinite and ``Trainer(nonfinite_loss="stop")``.
+        """
+        life = self._life or self._active("manual_backward")
+        if self.automatic_optimization:
+            raise ProtocolError(
+                explain(
+                    "manual_backward() in manual optimization only",
+                    "a call while automatic_optimization is True",
+                    "def __init__(self): super().__init__(); self.automatic_optimization = False",
+                )
+            )
+        finalized = life.before_backward(loss, bool(args) or "gradient" in kwargs)
+        life.backend.backward(loss, *args, **kwargs)
+        life.after_backward(finalized)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer | LightningOptimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> Tensor:
+        """Clip the gradients of `optimizer` in place, after they were averaged and unscaled.
+
+        Args:
+            optimizer: wrapped or raw.
+            gradient_clip_val: the largest total 2-norm (algorithm ``"norm"``) or absolute value
+                (``"value"``), above 0; infinity measures only. Default: the Trainer's.
+            gradient_clip_algorithm: ``"norm"`` (default) or ``"value"``.
+
+        Returns:
+            The total 2-norm of the gradients before clipping, 0-dim, on the device.
+
+        Raises:
+            ProtocolError: after the step, or without gradients.
+            ConfigurationError: for a value or an algorithm that means nothing.
+        """
+        life = self._active("clip_gradients")
+        value = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        algorithm: Any = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
+        return life.wrapper_of(optimizer).clip_gradients(value, algorithm)  # type: ignore[arg-type]  # None is refused
+
+    def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Let only the parameters of `optimizer` require gradients, until `untoggle_optimizer`."""
+        life = self._active("toggle_optimizer")
+        life.toggles.push(life.wrapper_of(optimizer))
+
+    def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Restore ``requires_grad`` as it was before `toggle_optimizer`."""
+        life = self._active("untoggle_optimizer")
+        life.toggles.pop(life.wrapper_of(optimizer))
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> Iterator[None]:
+        """Toggle `optimizer` inside the context; restored after exceptions and when nested."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    # ---------------------------------------------------------------- logging and collectives
+
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Record a metric without waiting for the device; see `xtrain.log.MetricLog.log` for the options."""
+        self.trainer.metrics.log(name, value, prog_bar=prog_bar, **options)
+
+    def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
+        """Record several metrics with the same options."""
+        log = self.trainer.metrics.log
+        for name, value in dictionary.items():
+            log(name, value, prog_bar=prog_bar, **options)
+
+    def all_gather(self, data: Any) -> Any:
+        """Return each tensor in `data` gathered from all ranks, shape ``(world_size, *shape)``."""
+        from xtrain.contract import map_tensors
+
+        return map_tensors(self.trainer.backend.collectives.all_gather, data)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only, above the progress bar."""
+        if self.trainer.is_global_zero:
+            self.trainer.print(*args, **kwargs)
+
+    # ---------------------------------------------------------------- hyperparameters
+
+    @property
+    def hparams(self) -> HyperParameters:
+        """What `save_hyperparameters` kept."""
+        return self._hparams
+
+    def save_hyperparameters(self, *names: str, ignore: tuple[str, ...] | list[str] | str = ()) -> None:
+        """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
+
+        Args:
+            *names: which ones; none means all.
+            ignore: names to leave out.
+        """
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is None or caller.f_locals.get("self") is not self:
+            raise ConfigurationError(explain("save_hyperparameters() to be called in __init__", "another caller"))
+        code = caller.f_code
+        count = code.co_argcount + code.co_kwonlyargcount
+        arguments = {n: caller.f_locals[n] for n in code.co_varnames[1:count] if n in caller.f_locals}
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            has_varargs = bool(code.co_flags & inspect.CO_VARARGS)
+            arguments.update(caller.f_locals[code.co_varnames[count + has_varargs]])
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore)
+        missing = sorted(set(names) - set(arguments))
+        if missing:
+            raise ConfigurationError(explain(f"names out of {sorted(arguments)}", ", ".join(missing)))
+        chosen = names or tuple(arguments)
+        self._hparams.update({n: arguments[n] for n in chosen if n not in ignored})
+
+
+def _undefined(module: LightningModule, name: str) -> ConfigurationError:
+    fix = f"def {name}(self, ...): ..."
+    return ConfigurationError(explain(f"{type(module).__name__}.{name} to be defined", "a module without it", fix))

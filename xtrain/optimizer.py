@@ -1,0 +1,346 @@
+"""`LightningOptimizer`: the life of a gradient, in the same order on every backend.
+
+    zero_grad -> backward -> finalize -> clip -> step
+
+Finalizing (averaging over ranks, unscaling) happens exactly once per step, when the gradient is
+first needed: by `LightningOptimizer.clip_gradients` or by `LightningOptimizer.step`, whichever comes
+first. Every optimizer keeps its own phase, so nothing one optimizer does decides for another.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from xtrain.contract import Backend, check_clip_value
+from xtrain.errors import ConfigurationError, NonFiniteLossError, ProtocolError, explain
+from xtrain.toggle import ToggleStack
+
+Hooks = dict[str, list[Callable[..., Any]]]
+
+
+class Phase(Enum):
+    """Where the gradients of one optimizer are in their life."""
+
+    EMPTY = "zeroed"
+    ACCUMULATED = "accumulated by backward"
+    FINALIZED = "averaged over ranks and unscaled"
+    STEPPED = "consumed by a step"
+
+
+class GradientLife:
+    """What the optimizers of one run share: backend, toggles, hooks. It decides nothing for two.
+
+    Args:
+        backend: executes the verbs.
+        hooks: the overridden hooks by name, as callables.
+        nonfinite_loss: ``"warn"``, ``"stop"`` or ``"ignore"`` for a loss that is NaN or infinite.
+    """
+
+    def __init__(self, backend: Backend, hooks: Hooks, nonfinite_loss: str = "warn") -> None:
+        self.backend = backend
+        self.hooks = hooks
+        self.optimizers: list[LightningOptimizer] = []
+        self.toggles = ToggleStack(self.optimizers)
+        self.stepped = False
+        self.in_backward = False
+        self.last_loss: Tensor | None = None
+        self._nonfinite_loss = nonfinite_loss
+        self._warned: set[str] = set()
+
+    def before_backward(self, loss: Tensor, has_gradient_argument: bool) -> list[tuple[LightningOptimizer, list[Any]]]:
+        """Check `loss`; return the optimizers whose finalized gradients it must not reach."""
+        if not isinstance(loss, Tensor):
+            raise ConfigurationError(_LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
+        if loss.numel() != 1 and not has_gradient_argument:
+            raise ConfigurationError(_LOSS.format(f"shape {tuple(loss.shape)}"))
+        if not loss.requires_grad:
+            raise ConfigurationError(_LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
+        if self._nonfinite_loss != "ignore" and loss.numel() == 1:
+            self.last_loss = loss.detach()
+            if not self.backend.capabilities.asynchronous:
+                self.check_finite(self.last_loss.item())
+        for hook in self.hooks["on_before_backward"]:
+            hook(loss)
+        self.in_backward = True
+        return [(o, o.gradient_versions()) for o in self.optimizers if o.phase is Phase.FINALIZED]
+
+    def after_backward(self, finalized: list[tuple[LightningOptimizer, list[Any]]]) -> None:
+        """Note that gradients were added.
+
+        Raises:
+            ProtocolError: if the backward reached gradients that were already finalized.
+        """
+        self.in_backward = False
+        for optimizer, versions in finalized:
+            if optimizer.gradient_versions() != versions:
+                raise ProtocolError(_BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
+        toggled = self.toggles.innermost
+        for optimizer in self.optimizers if toggled is None else (toggled,):
+            if optimizer.phase is not Phase.FINALIZED:
+                optimizer.phase = Phase.ACCUMULATED
+        for hook in self.hooks["on_after_backward"]:
+            hook()
+
+    def guard(self) -> list[Any]:
+        """Refuse raw steps and direct backwards where the backend would lose something by them.
+
+        Returns:
+            Handles; call ``remove()`` on each when the run ends.
+        """
+        lost = self.backend.unseen_gradient()
+        return [] if lost is None else [handle for o in self.optimizers for handle in o.guard(lost)]
+
+    def check_finite(self, loss: float) -> None:
+        """Warn once, or raise `NonFiniteLossError`, if `loss` is NaN or infinite."""
+        if math.isfinite(loss):
+            return
+        text = f"The loss is {loss}. Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message."
+        if self._nonfinite_loss == "stop":
+            raise NonFiniteLossError(text)
+        self.warn_once(text)
+
+    def warn_once(self, text: str) -> None:
+        """Warn, but only the first time in this run."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, UserWarning, stacklevel=4)
+
+    def wrapper_of(self, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
+        """Return the `LightningOptimizer` for a wrapped or raw optimizer of this run.
+
+        Raises:
+            ConfigurationError: if it is neither.
+        """
+        for candidate in self.optimizers:
+            if candidate is optimizer or candidate.optimizer is optimizer:
+                return candidate
+        raise ConfigurationError(
+            explain(
+                "an optimizer returned by configure_optimizers",
+                f"{type(optimizer).__name__}",
+                "opt = self.optimizers()",
+            )
+        )
+
+
+class LightningOptimizer:
+    """Wraps one of the user's optimizers; attributes it lacks are those of the raw optimizer.
+
+    Attributes:
+        optimizer: the raw `torch.optim.Optimizer`.
+        phase: where its gradients are in their life.
+        applied: whether the last `step` updated parameters (an fp16 overflow skips it).
+        step_count: steps that were applied.
+        skipped_steps: steps that were skipped because a gradient overflowed.
+        sync_gradients: False while ``toggle_model(sync_grad=False)`` is active.
+    """
+
+    def __init__(self, optimizer: Optimizer, life: GradientLife) -> None:
+        self.optimizer = optimizer
+        self.phase = Phase.EMPTY
+        self.applied = False
+        self.step_count = 0
+        self.skipped_steps = 0
+        self.sync_gradients = True
+        self._stepping = False
+        self._life = life
+        self._backend = life.backend
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not there yet: unpickling, or __init__ failed
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        position = next((i for i, o in enumerate(self._life.optimizers) if o is self), "?")
+        return f"optimizer {position} ({type(self.optimizer).__name__})"
+
+    @property
+    def parameters(self) -> Iterator[Tensor]:
+        """The parameters of all groups, in order."""
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the accumulated gradients; they are zeros afterwards if `set_to_none` is False."""
+        for hook in self._life.hooks["on_before_zero_grad"]:
+            hook(self.optimizer)
+        self._backend.zero_grad(self, set_to_none)
+        self.phase = Phase.EMPTY
+
+    def clip_gradients(self, value: float, algorithm: Literal["norm", "value"] = "norm") -> Tensor:
+        """Finalize, then clip the gradients in place; see `LightningModule.clip_gradients`."""
+        if algorithm not in ("norm", "value"):
+            fix = "self.clip_gradients(opt, gradient_clip_val=1.0, gradient_clip_algorithm='norm')"
+            raise ConfigurationError(explain("gradient_clip_algorithm 'norm' or 'value'", repr(algorithm), fix))
+        value = check_clip_value(value)
+        if self.phase is Phase.STEPPED:
+            raise ProtocolError(_CLIP_AFTER_STEP.format(optimizer=self))
+        self.finalize()
+        return self._backend.clip_gradients(self, value, algorithm)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters from the gradients.
+
+        Args:
+            closure: makes the loss, zeroes and computes the gradients with ``manual_backward``, and
+                returns the loss. It is called once, except by optimizers that evaluate it several
+                times (`torch.optim.LBFGS`).
+
+        Returns:
+            Without `closure`, whether the step was applied (bool). With one, its loss, as in torch;
+            `applied` tells the rest.
+
+        Raises:
+            ProtocolError: if nothing was accumulated since the last step.
+        """
+        if closure is not None:
+            return self._step_with(closure)
+        self.finalize()
+        for hook in self._life.hooks["on_before_optimizer_step"]:
+            hook(self.optimizer)
+        self._stepping = True
+        _, applied = self._backend.step(self)
+        self._record(applied)
+        return applied
+
+    def _step_with(self, closure: Callable[[], Any]) -> Any:
+        def evaluate() -> Any:
+            if self.phase is Phase.FINALIZED:  # the optimizer has used these, and asks again
+                self.phase = Phase.STEPPED
+            with torch.enable_grad(), self._backend.forward_context():
+                loss = closure()
+            self.finalize()
+            for hook in self._life.hooks["on_before_optimizer_step"]:
+                hook(self.optimizer)
+            return loss
+
+        backend = self._backend
+        try:
+            if backend.capabilities.reevaluating_closures and not backend.precision.loss_scaling:
+                self._stepping = True
+                loss, applied = backend.step(self, evaluate)
+            else:
+                loss = evaluate()
+                self._stepping = True
+                _, applied = backend.step(self)
+        finally:
+            self._stepping = False
+        self._record(applied)
+        return loss
+
+    def _record(self, applied: bool) -> None:
+        self.phase = Phase.STEPPED
+        self._stepping = False
+        self.applied = applied
+        if applied:
+            self.step_count += 1
+            self._life.stepped = True
+        else:
+            self.skipped_steps += 1
+
+    def finalize(self) -> None:
+        """Make the gradients true (averaged over ranks, unscaled). Does nothing the second time.
+
+        Raises:
+            ProtocolError: if there are none, or if the backend never saw them.
+        """
+        if self.phase is Phase.FINALIZED:
+            return
+        if self.phase is not Phase.ACCUMULATED:
+            self._accept_unseen_gradients()
+        self._backend.finalize_gradients(self)
+        if not self._backend.has_gradients(self):
+            raise ProtocolError(_NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
+        self.phase = Phase.FINALIZED
+
+    def _accept_unseen_gradients(self) -> None:
+        """Let gradients pass that no ``manual_backward`` made, if nothing is lost by that here."""
+        if self.phase is Phase.STEPPED or not self._backend.has_gradients(self):
+            raise ProtocolError(_NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
+        lost = self._backend.unseen_gradient()
+        text = _UNSEEN.format(optimizer=self, lost=lost or "loss scaling and averaging over processes elsewhere")
+        if lost is not None:
+            raise ProtocolError(text)
+        self._life.warn_once(text)
+
+    def guard(self, lost: str) -> Iterator[Any]:
+        """Make a raw ``step`` and a direct ``loss.backward()`` raise; `lost` is what they would miss."""
+
+        def refuse_step(*_: Any) -> None:
+            if not self._stepping:
+                raise ProtocolError(_RAW_STEP.format(optimizer=self, lost=lost))
+
+        def refuse_backward(_: Tensor) -> None:
+            if not self._life.in_backward:
+                raise ProtocolError(_UNSEEN.format(optimizer=self, lost=lost))
+
+        yield self.optimizer.register_step_pre_hook(refuse_step)
+        # One parameter stands for all: a hook on each would cost a Python call per gradient.
+        first = next((p for p in self.parameters if p.requires_grad and p.is_leaf), None)
+        if first is not None:
+            yield first.register_post_accumulate_grad_hook(refuse_backward)
+
+    def gradient_versions(self) -> list[Any]:
+        """Return what changes when a backward adds to a gradient."""
+        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.parameters]
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Let only this optimizer's parameters require gradients inside the context.
+
+        Args:
+            sync_grad: False says that the gradients made here are only accumulated. xtrain
+                communicates when a gradient is first needed, so both values train the same.
+        """
+        self._life.toggles.push(self)
+        self.sync_gradients = sync_grad
+        try:
+            yield
+        finally:
+            self.sync_gradients = True
+            self._life.toggles.pop(self)
+
+
+def wrap_optimizers(optimizers: Sequence[Optimizer], life: GradientLife) -> None:
+    """Wrap `optimizers` and hand them to `life`."""
+    life.optimizers.extend(LightningOptimizer(optimizer, life) for optimizer in optimizers)
+
+
+_LOSS = (
+    "Expected a loss that is a tensor with one element and a graph. Received: {}.\n"
+    "Fix:  self.manual_backward(criterion(self(x), y).mean())"
+)
+_NOTHING_ACCUMULATED = (
+    "Expected gradients made by manual_backward before clipping or stepping {optimizer}. "
+    "Received: none (its gradients are {phase}).\n"
+    "Fix:  opt.zero_grad(); self.manual_backward(loss); opt.step()"
+)
+_CLIP_AFTER_STEP = (
+    "Expected clip_gradients before step. Received: clip_gradients for {optimizer}, which has already stepped.\n"
+    "Fix:  self.manual_backward(loss); self.clip_gradients(opt, gradient_clip_val=1.0); opt.step()"
+)
+_BACKWARD_AFTER_CLIP = (
+    "Expected every backward of {optimizer} before its gradients are clipped. Received: a manual_backward that "
+    "added to clipped gradients; the sum is no longer clipped, nor averaged over processes or unscaled.\n"
+    "Fix:  self.manual_backward(loss_a); self.manual_backward(loss_b); self.clip_gradients(opt, 1.0); opt.step()\n"
+    "      or keep the other loss away: with self.toggled_optimizer(other_opt): self.manual_backward(other_loss)"
+)
+_UNSEEN = (
+    "Expected gradients made by self.manual_backward(loss). Received: gradients of {optimizer} that came from "
+    "elsewhere (loss.backward()?); they miss {lost}.\n"
+    "Fix:  self.manual_backward(loss)"
+)
+_RAW_STEP = (
+    "Expected opt.step() of a LightningOptimizer. Received: a step of the raw {optimizer}, whose gradients would "
+    "miss {lost}.\n"
+    "Fix:  opt = self.optimizers(); opt.step()"
+)

@@ -1,0 +1,35 @@
+"""Seeding of every random generator a training run uses."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import torch
+
+from xtrain.errors import ConfigurationError, explain
+
+
+def seed_everything(seed: int | None = None, workers: bool = False) -> int:
+    """Seed Python's, NumPy's (if it is imported) and torch's generators, on every device.
+
+    Args:
+        seed: 0 to 2**32 - 1; None takes ``XTRAIN_SEED`` from the environment, or 0.
+        workers: accepted as in Lightning; torch seeds loader workers from its own generator.
+
+    Returns:
+        The seed. It is also written to ``XTRAIN_SEED``, for the processes started later.
+
+    Raises:
+        ConfigurationError: if it is out of range or not an int.
+    """
+    chosen = int(os.environ.get("XTRAIN_SEED", "0")) if seed is None else seed
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < 2**32:
+        raise ConfigurationError(explain("a seed from 0 to 2**32 - 1", repr(seed), "seed_everything(42)"))
+    os.environ["XTRAIN_SEED"] = str(chosen)
+    random.seed(chosen)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(chosen)
+    torch.manual_seed(chosen)
+    return chosen

@@ -1,0 +1,67 @@
+"""Lightning's spellings of a backend, and small checks of the Trainer's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtrain.contract import Backend
+from xtrain.errors import ConfigurationError, explain
+
+ACCELERATORS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu", "xla": "tpu"}
+# Strategies that only say how processes start are None: the launcher decides that.
+STRATEGIES: dict[str, tuple[str | None, dict[str, Any]]] = {
+    **dict.fromkeys(("auto", "single_device", "ddp", "ddp_spawn", "ddp_find_unused_parameters_true"), (None, {})),
+    "single_tpu": ("tpu", {}),
+    "xla": ("tpu", {}),
+    "deepspeed": ("deepspeed", {}),
+    **{f"deepspeed_stage_{n}": ("deepspeed", {"stage": n}) for n in (1, 2, 3)},
+    **{f"deepspeed_stage_{n}_offload": ("deepspeed", {"stage": n, "offload_optimizer": "cpu"}) for n in (2, 3)},
+}
+DEFAULT_BACKEND = "cpu"
+
+
+def read_backend(
+    backend: str | Backend | None, accelerator: str | None, strategy: str | None
+) -> tuple[str | Backend, dict[str, Any]]:
+    """Return the backend that three spellings agree on, and the options that the strategy implies.
+
+    Raises:
+        ConfigurationError: for an unknown spelling, or two that disagree.
+    """
+    named: dict[str, str] = {}
+    if accelerator not in (None, "auto"):
+        named[f"accelerator={accelerator!r}"] = _look_up("accelerator", accelerator, ACCELERATORS)
+    implied, options = (None, {}) if strategy is None else _look_up("strategy", strategy, STRATEGIES)
+    if implied is not None:
+        # A strategy is more specific than the accelerator it runs on.
+        named = {f"strategy={strategy!r}": implied}
+    if backend is not None:
+        name = backend if isinstance(backend, str) else backend.name
+        for spelling, other in named.items():
+            if other != name:
+                raise ConfigurationError(
+                    explain(f"backend and {spelling} to agree", f"backend={name!r}", f"Trainer(backend={other!r})")
+                )
+        return backend, options
+    return next(iter(named.values()), DEFAULT_BACKEND), options
+
+
+def _look_up(flag: str, value: Any, table: dict[str, Any]) -> Any:
+    if value not in table:
+        raise ConfigurationError(explain(f"{flag} out of {sorted(table)}", repr(value), "Trainer(backend='cpu')"))
+    return table[value]
+
+
+def check_count(flag: str, value: Any, least: int) -> Any:
+    """Return `value`, which is None (if that is the default) or an int of at least `least`."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return value
+    fix = f"Trainer({flag}={max(least, 1)})"
+    raise ConfigurationError(explain(f"{flag} as an int of at least {least}", repr(value), fix))
+
+
+def check_choice(flag: str, value: str | None, *choices: str) -> Any:
+    """Return `value`, which is None or one of `choices`."""
+    if value is None or value in choices:
+        return value
+    raise ConfigurationError(explain(f"{flag} out of {choices}", repr(value), f"Trainer({flag}={choices[0]!r})"))

@@ -1,0 +1,82 @@
+"""What users, modules and callbacks read from a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtrain.callbacks.base import Callback
+from xtrain.callbacks.progress import ProgressBar
+from xtrain.contract import Backend
+from xtrain.data import LightningDataModule
+from xtrain.errors import ConfigurationError, explain
+from xtrain.log import MetricLog
+from xtrain.loggers.base import Logger
+from xtrain.module import LightningModule
+from xtrain.optimizer import GradientLife
+
+
+class TrainerState:
+    """The read-only side of a `Trainer`, which sets every attribute declared here."""
+
+    # Where the training is.
+    current_epoch: int = 0
+    global_step: int = 0  # training steps in which at least one optimizer stepped
+    batch_idx: int = 0
+    is_last_batch: bool = False
+    num_training_batches: int | float = float("inf")
+    should_stop: bool = False
+    sanity_checking: bool = False
+    stage: str | None = None  # fit, validate, test or predict; None between runs
+
+    # What it consists of.
+    backend: Backend
+    callbacks: list[Callback]
+    datamodule: LightningDataModule | None = None
+    life: GradientLife
+    loggers: list[Logger]
+    metrics: MetricLog
+    module: LightningModule | None = None
+
+    # How long it goes on.
+    max_epochs: int | None
+    max_steps: int
+    accumulate_grad_batches: int
+    _steps_left: int | float = float("inf")
+
+    @property
+    def lightning_module(self) -> LightningModule:
+        """The module of the current or last run."""
+        if self.module is None:
+            raise ConfigurationError(explain("a Trainer that has run a module", "a new one", "trainer.fit(model)"))
+        return self.module
+
+    optimizers = property(lambda self: self.life.optimizers, doc="The wrapped optimizers of the run.")
+    callback_metrics = property(lambda self: self.metrics.callback_metrics, doc="Latest metrics by name.")
+    logged_metrics = property(lambda self: self.metrics.logged_metrics, doc="Metrics sent to loggers.")
+    progress_bar_metrics = property(lambda self: self.metrics.progress_bar_metrics, doc="Metrics on the bar.")
+    logger = property(lambda self: self.loggers[0] if self.loggers else None, doc="The first logger.")
+    world_size = property(lambda self: self.backend.collectives.world_size, doc="Number of processes.")
+    global_rank = property(lambda self: self.backend.collectives.rank, doc="This process, from 0.")
+    local_rank = property(lambda self: self.backend.collectives.local_rank, doc="This process on its host.")
+    is_global_zero = property(lambda self: self.global_rank == 0, doc="Whether this is rank 0.")
+    training = property(lambda self: self.stage == "fit", doc="Whether `fit` runs.")
+    validating = property(lambda self: self.stage == "validate", doc="Whether `validate` runs.")
+    testing = property(lambda self: self.stage == "test", doc="Whether `test` runs.")
+    predicting = property(lambda self: self.stage == "predict", doc="Whether `predict` runs.")
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps automatic optimization will take; infinity if that is not known."""
+        if self.max_epochs in (None, -1) or self.num_training_batches == float("inf"):
+            return self.max_steps if self.max_steps >= 0 else float("inf")
+        total = -(-int(self.num_training_batches) // self.accumulate_grad_batches) * int(self.max_epochs or 0)
+        return total if self.max_steps < 0 else min(total, self.max_steps)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0, above the progress bar if there is one."""
+        if self.is_global_zero:
+            for callback in self.callbacks:
+                if isinstance(callback, ProgressBar):
+                    callback.print(*args, **kwargs)
+                    return
+            print(*args, **kwargs)

@@ -1,0 +1,76 @@
+"""Toggling: only the parameters of one optimizer require gradients while its loss is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from xtrain.contract import parameters_of
+from xtrain.errors import ProtocolError, explain
+
+if TYPE_CHECKING:
+    from xtrain.optimizer import LightningOptimizer
+
+
+class ToggleStack:
+    """The toggles in effect, innermost last; the innermost decides.
+
+    ``requires_grad`` of every parameter is noted when the first toggle begins and is exactly
+    restored when the last one ends, in whatever order they end.
+
+    Args:
+        optimizers: all optimizers of the run.
+    """
+
+    def __init__(self, optimizers: Sequence[LightningOptimizer]) -> None:
+        self._optimizers = optimizers
+        self._parameters: list[Tensor] = []
+        self._before: list[bool] = []
+        self._active: list[LightningOptimizer] = []
+
+    @property
+    def innermost(self) -> LightningOptimizer | None:
+        """The optimizer whose parameters alone require gradients now, or None."""
+        return self._active[-1] if self._active else None
+
+    def push(self, optimizer: LightningOptimizer) -> None:
+        """Let only the parameters of `optimizer` require gradients."""
+        if not self._active:
+            self._parameters = parameters_of(o.optimizer for o in self._optimizers)
+            self._before = [p.requires_grad for p in self._parameters]
+        self._active.append(optimizer)
+        self._apply()
+
+    def pop(self, optimizer: LightningOptimizer) -> None:
+        """End the latest toggle of `optimizer`.
+
+        Raises:
+            ProtocolError: if `optimizer` is not toggled.
+        """
+        for position in reversed(range(len(self._active))):
+            if self._active[position] is optimizer:
+                del self._active[position]
+                self._apply()
+                return
+        raise ProtocolError(
+            explain(
+                "untoggle_optimizer() for an optimizer that is toggled",
+                f"{optimizer!r:.60}, which is not",
+                "self.toggle_optimizer(opt); ...; self.untoggle_optimizer(opt)",
+            )
+        )
+
+    def clear(self) -> None:
+        """End all toggles, as after an exception."""
+        if self._active:
+            self._active.clear()
+            self._apply()
+
+    def _apply(self) -> None:
+        chosen: set[Tensor] | None = None
+        if self._active:
+            chosen = set(parameters_of([self._active[-1].optimizer]))
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            parameter.requires_grad_(before and (chosen is None or parameter in chosen))

@@ -1,0 +1,334 @@
+"""`Trainer`, and the loop: read `Trainer.fit`, `_train` and `_train_epoch` from top to bottom."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xtrain.automatic import AutomaticStep
+from xtrain.callbacks.base import Callback
+from xtrain.callbacks.progress import ProgressBar
+from xtrain.configure import LRSchedulerConfig
+from xtrain.contract import Backend, check_clip_value
+from xtrain.data import (
+    LightningDataModule,
+    as_loaders,
+    empty_loader,
+    limited,
+    make_transfer,
+    size_of,
+    with_last,
+)
+from xtrain.errors import ConfigurationError, explain
+from xtrain.evaluation import accept_arguments, evaluate
+from xtrain.log import MetricLog
+from xtrain.loggers import as_loggers
+from xtrain.module import LightningModule
+from xtrain.optimizer import GradientLife
+from xtrain.precision import resolve_precision
+from xtrain.registry import make_backend
+from xtrain.running import running
+from xtrain.spellings import check_choice, check_count, read_backend
+from xtrain.state import TrainerState
+
+
+class Trainer(TrainerState):
+    """Runs a `LightningModule` on one backend.
+
+    Args:
+        backend: a registered name (``xtrain backends`` lists them) or a `Backend` instance.
+        backend_options: keyword arguments of the backend, if it is given by name.
+        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"bf16-true"`` or ``"16-true"``.
+        scaler_kwargs: options of the loss scaler of ``16-mixed``, named as `torch.amp.GradScaler`'s.
+        devices: number of devices; None takes what the launcher started, or one.
+        accelerator: Lightning's spelling of the backend, understood for modules that move over.
+        strategy: likewise.
+        max_epochs: epochs to train; -1 is unlimited. Default: 1000, or unlimited if `max_steps` is given.
+        max_steps: stop after so many training steps in which an optimizer stepped; -1 is unlimited.
+        limit_train_batches: batches per epoch, as a number or a fraction; so do the other limits.
+        limit_val_batches: see there.
+        limit_test_batches: see there.
+        limit_predict_batches: see there.
+        fast_dev_run: run so many batches (True: 1) of everything, without loggers.
+        num_sanity_val_steps: validation batches before training.
+        check_val_every_n_epoch: epochs between validations.
+        val_check_interval: training batches (or fraction of an epoch) between validations.
+        accumulate_grad_batches: batches per step of automatic optimization.
+        gradient_clip_val: clips in automatic optimization.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        log_every_n_steps: training steps between two reads of logged values.
+        nonfinite_loss: ``"warn"`` once, ``"stop"`` or ``"ignore"`` when a loss is NaN or infinite. On
+            asynchronous devices the latest loss is looked at every `log_every_n_steps`.
+        callbacks: one or several.
+        logger: True for a `CSVLogger`, one or several loggers, or None.
+        enable_progress_bar: show a progress bar on rank 0.
+        default_root_dir: where loggers write; default: the working directory.
+        inference_mode: evaluate under `torch.inference_mode` instead of `torch.no_grad`.
+
+    Raises:
+        ConfigurationError: for an argument that means nothing.
+    """
+
+    def __init__(
+        self,
+        backend: str | Backend | None = None,
+        *,
+        backend_options: Mapping[str, Any] | None = None,
+        precision: str | int = "32-true",
+        scaler_kwargs: dict[str, Any] | None = None,
+        devices: int | None = None,
+        accelerator: str | None = None,
+        strategy: str | None = None,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        fast_dev_run: bool | int = False,
+        num_sanity_val_steps: int = 2,
+        check_val_every_n_epoch: int = 1,
+        val_check_interval: int | float | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        log_every_n_steps: int = 50,
+        nonfinite_loss: str = "warn",
+        callbacks: Callback | list[Callback] | None = None,
+        logger: Any = None,
+        enable_progress_bar: bool = True,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        inference_mode: bool = True,
+    ) -> None:
+        chosen, implied = read_backend(backend, accelerator, strategy)
+        self.backend = make_backend(chosen, {**implied, **(backend_options or {})} or None)
+        self.backend.precision = self.precision = resolve_precision(precision)
+        self.backend.scaler_kwargs = scaler_kwargs
+        self.backend.devices = check_count("devices", devices, 1)
+        quick = check_count("fast_dev_run", int(fast_dev_run), 0)
+        self.max_epochs = 1 if quick else check_count("max_epochs", max_epochs, -1)
+        self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
+        self.limit_train_batches = quick or limit_train_batches
+        self.limit_val_batches = quick or limit_val_batches
+        self.limit_test_batches = quick or limit_test_batches
+        self.limit_predict_batches = quick or limit_predict_batches
+        self.num_sanity_val_steps = 0 if quick else check_count("num_sanity_val_steps", num_sanity_val_steps, 0)
+        self.check_val_every_n_epoch = check_count("check_val_every_n_epoch", check_val_every_n_epoch, 1)
+        self.val_check_interval = val_check_interval
+        self.accumulate_grad_batches = check_count("accumulate_grad_batches", accumulate_grad_batches, 1)
+        self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
+        self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
+        self.nonfinite_loss = check_choice("nonfinite_loss", nonfinite_loss, "warn", "stop", "ignore")
+        self.inference_mode = inference_mode
+        self.default_root_dir = os.fspath(default_root_dir or Path.cwd())
+        self.loggers = [] if quick else as_loggers(logger, self.default_root_dir)
+        self.callbacks = _with_progress_bar(callbacks, enable_progress_bar)
+        self.metrics = MetricLog(self.backend.read_scalars, self._all_reduce, log_every_n_steps)
+        self.transfer: Callable[[Any, int], Any] = make_transfer(self.backend)
+        self.life = GradientLife(self.backend, {})
+        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
+        self.hooks: dict[str, list[Any]] = {}
+
+    # ---------------------------------------------------------------- what users call
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        """Train `model`.
+
+        Args:
+            model: the module.
+            train_dataloaders: any iterable of batches, or a LightningDataModule. Without one (and
+                without ``train_dataloader`` on the module) batches are None, for `steps` or `max_steps`.
+            val_dataloaders: one iterable or a list of them.
+            datamodule: gives the loaders instead.
+            steps: training steps of this call; an epoch has so many if there is no loader.
+
+        Raises:
+            UnsupportedCombinationError: before the first batch, with all violations.
+            ConfigurationError: for what the module returns or the loaders hold.
+        """
+        if isinstance(train_dataloaders, LightningDataModule):
+            train_dataloaders, datamodule = None, train_dataloaders
+        with running(self, "fit", model, datamodule):
+            train_loader = self._loader("train_dataloader", train_dataloaders)
+            val_loaders = as_loaders(self._loader("val_dataloader", val_dataloaders))
+            self._train(train_loader, val_loaders, check_count("steps", steps, 1))
+
+    def validate(
+        self, model: LightningModule, dataloaders: Any = None, datamodule: Any = None
+    ) -> list[dict[str, float]]:
+        """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader."""
+        return self._evaluate("validate", "val_dataloader", model, dataloaders, datamodule)
+
+    def test(self, model: LightningModule, dataloaders: Any = None, datamodule: Any = None) -> list[dict[str, float]]:
+        """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader."""
+        return self._evaluate("test", "test_dataloader", model, dataloaders, datamodule)
+
+    def predict(self, model: LightningModule, dataloaders: Any = None, datamodule: Any = None) -> list[Any]:
+        """Return what ``predict_step`` returned per batch (a list of lists for several loaders)."""
+        return self._evaluate("predict", "predict_dataloader", model, dataloaders, datamodule)
+
+    def _evaluate(self, stage: str, source: str, model: LightningModule, loaders: Any, datamodule: Any) -> list[Any]:
+        if isinstance(loaders, LightningDataModule):
+            loaders, datamodule = None, loaders
+        with running(self, stage, model, datamodule):
+            found = as_loaders(self._loader(source, loaders))
+            if not found:
+                raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
+            return evaluate(self, stage, found, getattr(self, _LIMITS[stage]))
+
+    # ---------------------------------------------------------------- the loop
+
+    def _train(self, loader: Any, val_loaders: list[Any], steps: int | None) -> None:
+        module = self.lightning_module
+        training_step = accept_arguments(module.training_step, 2)
+        run_step = training_step
+        automatic = AutomaticStep(self, module, training_step) if module.automatic_optimization else None
+        if automatic is not None:
+            run_step = automatic
+        max_epochs = self._plan(loader, steps)
+        self.call("on_fit_start")
+        if val_loaders and self.num_sanity_val_steps:
+            self._sanity_check(val_loaders)
+        self.call("on_train_start")
+        while not self._finished() and self.current_epoch != max_epochs:
+            with self.metrics.stage("train"):
+                self._train_epoch(run_step, loader, val_loaders)
+                self.metrics.reduce_epoch()
+                self.call("on_train_epoch_end")
+                self.metrics.send_epoch(self.global_step, self.current_epoch)
+            if automatic is not None:
+                automatic.step_schedulers("epoch", self.current_epoch + 1)
+            self.current_epoch += 1
+        self.call("on_train_end")
+        self.call("on_fit_end")
+
+    def _train_epoch(self, run_step: Any, loader: Any, val_loaders: list[Any]) -> None:
+        backend, metrics, life = self.backend, self.metrics, self.life
+        at_start, at_end = self.hooks["on_train_batch_start"], self.hooks["on_train_batch_end"]
+        self.call("on_train_epoch_start")
+        self.batch_idx = -1
+        for index, (batch, last) in enumerate(self._batches(loader)):
+            self.batch_idx, self.is_last_batch = index, last
+            batch = self.transfer(batch, 0)
+            metrics.set_batch(batch)
+            if at_start and -1 in self.call("on_train_batch_start", batch, index):
+                break
+            metrics.hook("training_step")
+            with backend.forward_context():
+                outputs = run_step(batch, index)
+            backend.step_boundary()
+            if life.stepped:
+                self.global_step += 1
+                life.stepped = False
+            if at_end:
+                self.call("on_train_batch_end", outputs, batch, index)
+            self._read_metrics()
+            if val_loaders and self._validation_due(index):
+                evaluate(self, "validate", val_loaders, self.limit_val_batches)
+            self._steps_left -= 1
+            if self._finished():
+                break
+        if self.batch_idx < 0 and self.num_training_batches != 0:
+            raise empty_loader("training")
+
+    def _finished(self) -> bool:
+        return self.should_stop or self.global_step == self.max_steps or self._steps_left == 0
+
+    def _read_metrics(self) -> None:
+        """Let metrics be read at log points, and look at the loss if that would have cost a wait before."""
+        loss = self.life.last_loss
+        if loss is not None and self.backend.capabilities.asynchronous:
+            self.metrics.checks["loss"] = loss
+        checks = self.metrics.flush_step(self.global_step, self.current_epoch)
+        if "loss" in checks:
+            self.life.check_finite(checks["loss"])
+
+    def _sanity_check(self, val_loaders: list[Any]) -> None:
+        self.sanity_checking = True
+        self.call("on_sanity_check_start")
+        evaluate(self, "validate", val_loaders, self.num_sanity_val_steps, sanity=True)
+        self.call("on_sanity_check_end")
+        self.sanity_checking = False
+
+    # ---------------------------------------------------------------- how long, and from what
+
+    def _plan(self, loader: Any, steps: int | None) -> int | None:
+        """Set `num_training_batches`; return the epoch to stop at, None for unlimited."""
+        if loader is None and steps is None and self.max_steps < 0:
+            fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
+            raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
+        size = limited(None if loader is None else size_of(loader), self.limit_train_batches, "limit_train_batches")
+        if size == 0 and self.limit_train_batches != 0:
+            raise empty_loader("training")
+        if loader is None:
+            size = steps
+        self._steps_left = float("inf") if steps is None else steps
+        self.num_training_batches = float("inf") if size is None else size
+        if self.max_epochs is not None:
+            return None if self.max_epochs == -1 else self.max_epochs
+        return 1000 if self.max_steps < 0 and steps is None else None
+
+    def _batches(self, loader: Any) -> Iterator[tuple[Any, bool]]:
+        """Yield ``(batch, is_last)`` for one epoch; a batch is None without a loader."""
+        source = itertools.repeat(None) if loader is None else loader
+        count = min(self.num_training_batches, self._steps_left)
+        sized = loader is None or size_of(loader) is not None
+        return with_last(source, None if count == float("inf") else int(count), sized)
+
+    def _loader(self, name: str, given: Any) -> Any:
+        """Return the loader given, else the DataModule's, else the module's own."""
+        if given is not None:
+            return given
+        for owner in (self.datamodule, self.module):
+            if owner is not None and (loader := getattr(owner, name, lambda: None)()) is not None:
+                return loader
+        return None
+
+    def _validation_due(self, index: int) -> bool:
+        """Return whether validation follows the training batch `index`."""
+        if (self.current_epoch + 1) % self.check_val_every_n_epoch:
+            return False
+        every = self.val_check_interval
+        if every is None:
+            return self.is_last_batch
+        if isinstance(every, float):
+            every = max(1, int(every * self.num_training_batches))
+        return (index + 1) % every == 0
+
+    def call(self, name: str, *arguments: Any) -> list[Any]:
+        """Call the overridden hooks `name`: callbacks first, then the module."""
+        hooks = self.hooks.get(name)
+        if not hooks:
+            return []
+        self.metrics.hook(name)
+        return [hook(*arguments) for hook in hooks]
+
+    def _all_reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        return self.backend.collectives.all_reduce(tensor, op)
+
+
+_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+
+
+def _with_progress_bar(callbacks: Any, enabled: bool) -> list[Callback]:
+    given = [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    for callback in given:
+        if not isinstance(callback, Callback):
+            fix = "class MyCallback(xtrain.Callback): ..."
+            raise ConfigurationError(explain("callbacks derived from xtrain.Callback", type(callback).__name__, fix))
+    if enabled and not any(isinstance(c, ProgressBar) for c in given):
+        given.append(ProgressBar())
+    return given
