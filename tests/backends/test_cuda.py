@@ -1,0 +1,40 @@
+"""The cuda backend: its logic on the CPU, everything on a GPU where there is one (``pytest -m cuda``)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from xtrain_backends._eager import EagerBackend
+from xtrain_backends.cuda import CUDA
+
+from xtrain import register_backend
+from xtrain.testing import BackendConformance
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+
+
+@register_backend
+class CudaLogic(CUDA):
+    name, rules = "cuda-logic", ()
+    available = classmethod(lambda cls: None)
+    launch = lambda self: setattr(self, "device", torch.device("cpu"))  # noqa: E731
+    state_dict = lambda self: EagerBackend.state_dict(self)  # noqa: E731  # without the GPU's generator
+
+
+class TestCudaLogic(BackendConformance):
+    backend, options, precisions = "cuda-logic", {"pin_memory": False}, PRECISIONS
+    tolerances = dict.fromkeys(PRECISIONS, 1e-6)
+
+
+@pytest.mark.cuda
+class TestCuda(BackendConformance):
+    backend, precisions, oracle_device = "cuda", PRECISIONS, "cuda"
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    code = "import xtrain; xtrain.Trainer(backend='cuda').fit(xtrain.LightningModule())"
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True, timeout=120)
+    assert "BackendUnavailableError: Backend 'cuda' cannot run here: " in done.stderr

@@ -1,0 +1,40 @@
+"""The conformance suite: every backend, also a third party's, inherits it.
+
+A backend's test file is::
+
+    from xtrain.testing import BackendConformance
+
+    class TestMyChip(BackendConformance):
+        backend = "mychip"
+        precisions = ("32-true", "bf16-mixed")
+
+The suite needs pytest and hypothesis: ``pip install 'xtrain[testing]'``. The experiments and their
+plain-PyTorch loops (`xtrain.testing.experiments`) need neither.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xtrain.testing.suite import BackendConformance as BackendConformance
+
+__all__ = ["BackendConformance"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the suite, and with it pytest and hypothesis, when it is asked for.
+
+    Raises:
+        MissingDependencyError: if pytest or hypothesis is not installed.
+    """
+    if name != "BackendConformance":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from xtrain.testing.suite import BackendConformance
+    except ModuleNotFoundError as error:
+        from xtrain.errors import MissingDependencyError, explain
+
+        text = explain("pytest and hypothesis to be installed", str(error), "pip install 'xtrain[testing]'")
+        raise MissingDependencyError(text) from error
+    return BackendConformance

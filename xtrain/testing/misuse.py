@@ -1,0 +1,263 @@
+"""What must be refused, everywhere in the same words: wrong orders, wrong arguments, wrong combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtrain.contract import Capabilities
+from xtrain.errors import ConfigurationError, ProtocolError
+from xtrain.testing.modules import Accumulate, Closure, Recorder
+from xtrain.testing.modules_more import Automatic, SharedLayer
+from xtrain.testing.networks import Batch, d_loss, g_loss, regression
+from xtrain.testing.oracle import lbfgs
+
+Step = Callable[[Recorder, Batch], Any]
+
+
+@dataclass(frozen=True)
+class Misuse:
+    """A training step that must raise instead of training something else.
+
+    Attributes:
+        name: shown as the test's id.
+        step: the body of the training step, as a function of module and batch.
+        error: what it must raise.
+        scaled_only: it is wrong only where gradients are scaled.
+        automatic: the module is in automatic optimization.
+    """
+
+    name: str
+    step: Step
+    error: type[Exception] = ProtocolError
+    scaled_only: bool = False
+    automatic: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def module(self) -> Recorder:
+        """Return a module whose training step is this misuse."""
+        return _Misused(self.step, self.automatic)
+
+
+class _Misused(Recorder):
+    def __init__(self, step: Step, automatic: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = automatic
+        self._step = step
+
+    def configure_optimizers(self) -> Any:
+        pair = super().configure_optimizers()
+        return pair[1] if self.automatic_optimization else pair
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return self._step(self, batch)
+
+
+def _loss(module: Recorder, batch: Batch) -> Tensor:
+    return regression(module.D, *batch)
+
+
+def _clip_after_step(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    d_opt.step()
+    module.clip(d_opt)
+
+
+def _clip_nothing(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    d_opt.zero_grad()
+    module.clip(d_opt)
+
+
+def _backward_after_clip(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    module.clip(d_opt)
+    module.manual_backward(_loss(module, batch))
+    d_opt.step()
+
+
+def _stray_after_clip(module: Recorder, batch: Batch) -> None:
+    g_opt, d_opt = module.optimizers()
+    fake = module.G(batch[1])
+    module.manual_backward(d_loss(module.D, batch[0], fake))
+    module.clip(d_opt)
+    g_opt.zero_grad()
+    module.manual_backward(g_loss(module.D, fake))
+    g_opt.step()
+    d_opt.step()
+
+
+def _step_twice(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    d_opt.step()
+    d_opt.step()
+
+
+def _step_after_zero(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    d_opt.zero_grad()
+    d_opt.step()
+
+
+def _step_other(module: Recorder, batch: Batch) -> None:
+    g_opt, _ = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    g_opt.step()
+
+
+def _step_shielded(module: Recorder, batch: Batch) -> None:
+    g_opt, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    d_opt.step()
+    with module.toggled_optimizer(g_opt):
+        module.manual_backward(g_loss(module.D, module.G(batch[1])))
+    d_opt.step()
+
+
+def _backward_in_automatic(module: Recorder, batch: Batch) -> Tensor:
+    loss = _loss(module, batch)
+    module.manual_backward(loss)
+    return loss
+
+
+def _raw_step(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    d_opt.optimizer.step()
+
+
+def _direct_backward(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    d_opt.zero_grad()
+    _loss(module, batch).backward()
+    d_opt.step()
+
+
+def _direct_backward_on_top(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    d_opt.zero_grad()
+    module.manual_backward(_loss(module, batch))
+    _loss(module, batch).backward()
+    d_opt.step()
+
+
+def _untoggle_untoggled(module: Recorder, batch: Batch) -> None:
+    g_opt, d_opt = module.optimizers()
+    module.toggle_optimizer(g_opt)
+    module.untoggle_optimizer(d_opt)
+
+
+def _vector_loss(module: Recorder, batch: Batch) -> None:
+    module.manual_backward(module.D(batch[0]))
+
+
+def _no_graph(module: Recorder, batch: Batch) -> None:
+    module.manual_backward(_loss(module, batch).detach())
+
+
+def _foreign_optimizer(module: Recorder, batch: Batch) -> None:
+    module.manual_backward(_loss(module, batch))
+    module.clip(torch.optim.SGD(module.D.parameters(), lr=0.1))
+
+
+def _clip_by(value: Any, algorithm: str = "norm") -> Step:
+    def step(module: Recorder, batch: Batch) -> None:
+        module.manual_backward(_loss(module, batch))
+        opt = module.optimizers()[1]
+        module.clip_gradients(opt, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
+
+    return step
+
+
+MISUSES: tuple[Misuse, ...] = (
+    Misuse("clip-after-step", _clip_after_step),
+    Misuse("clip-nothing", _clip_nothing),
+    Misuse("backward-after-clip", _backward_after_clip),
+    Misuse("stray-backward-after-clip", _stray_after_clip),
+    Misuse("step-twice", _step_twice),
+    Misuse("step-after-zero-grad", _step_after_zero),
+    Misuse("step-the-other", _step_other),
+    Misuse("step-while-shielded", _step_shielded),
+    Misuse("manual-backward-in-automatic", _backward_in_automatic, automatic=True),
+    Misuse("raw-step", _raw_step, scaled_only=True),
+    Misuse("direct-backward", _direct_backward, scaled_only=True),
+    Misuse("direct-backward-on-top", _direct_backward_on_top, scaled_only=True),
+    Misuse("untoggle-untoggled", _untoggle_untoggled),
+    Misuse("vector-loss", _vector_loss, ConfigurationError),
+    Misuse("loss-without-graph", _no_graph, ConfigurationError),
+    Misuse("foreign-optimizer", _foreign_optimizer, ConfigurationError),
+    Misuse("clip-zero", _clip_by(0.0), ConfigurationError),
+    Misuse("clip-negative", _clip_by(-1.0), ConfigurationError),
+    Misuse("clip-nan", _clip_by(float("nan")), ConfigurationError),
+    Misuse("clip-none", _clip_by(None), ConfigurationError),
+    Misuse("clip-algorithm", _clip_by(1.0, "l1"), ConfigurationError),
+)
+
+
+@dataclass(frozen=True)
+class Provocation:
+    """A run that one rule of the table refuses.
+
+    Attributes:
+        module: makes a module to fit.
+        trainer: arguments of the Trainer.
+        precision: the precision it takes; None means any the backend has.
+        applies: whether a backend with these capabilities refuses it.
+    """
+
+    module: Callable[[], Recorder]
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    precision: str | None = None
+    applies: Callable[[Capabilities], bool] = lambda capabilities: True
+
+
+class _AutomaticPair(Recorder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+
+class _AutomaticLbfgs(Closure):
+    def __init__(self) -> None:
+        super().__init__(lbfgs)
+        self.automatic_optimization = True
+
+
+PROVOCATIONS: dict[str, Provocation] = {
+    "lbfgs-scaling": Provocation(partial(Closure, lbfgs), precision="16-mixed"),
+    "lbfgs-backend": Provocation(partial(Closure, lbfgs), applies=lambda c: not c.reevaluating_closures),
+    "lbfgs-accumulation": Provocation(_AutomaticLbfgs, {"accumulate_grad_batches": 2}),
+    "shared-scaling": Provocation(SharedLayer, precision="16-mixed"),
+    "shared-backend": Provocation(SharedLayer, applies=lambda c: not c.shared_parameters),
+    "value-clipping": Provocation(
+        Automatic,
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        applies=lambda c: not c.value_clipping,
+    ),
+    "manual-flags": Provocation(Accumulate, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
+    "automatic-several": Provocation(_AutomaticPair),
+    "scaler-kwargs": Provocation(Closure, {"scaler_kwargs": {"init_scale": 8.0}}, "32-true"),
+    "devices": Provocation(Closure, {"devices": 2}, applies=lambda c: not c.multi_process),
+}
+"""One run per rule of `xtrain.rules.RULES`; the rule about precisions is tested for each of them instead."""
+
+
+class Untouched:
+    """Data that must not be read: a refusal comes before the first batch."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise AssertionError("the data was touched before the combination was refused")

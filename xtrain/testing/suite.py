@@ -1,0 +1,322 @@
+"""`BackendConformance`: the tests a backend inherits.
+
+Each test compares xtrain on the backend with a hand-written loop in plain PyTorch, or checks that
+what cannot work is refused. xtrain always runs first: some devices must be started before anything
+else computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from xtrain.errors import ProtocolError, UnsupportedCombinationError
+from xtrain.precision import PRECISIONS
+from xtrain.registry import get_backend_class
+from xtrain.rules import all_rules
+from xtrain.testing import misuse as wrong
+from xtrain.testing import oracle_more as om
+from xtrain.testing.experiments import (
+    EXPERIMENTS,
+    Experiment,
+    Outcome,
+    as_loader,
+    expect,
+    make_trainer,
+    outcome_of,
+    perform,
+)
+from xtrain.testing.modules import ClippedGan, DirectBackward, Gan, RawOptimizer
+from xtrain.testing.modules_more import Evaluated
+from xtrain.testing.networks import batches
+from xtrain.testing.oracle import Plain
+from xtrain.testing.probes import (
+    Communicates,
+    Interrupted,
+    SavesState,
+    SeesBatch,
+    fit_plan,
+    perform_plan,
+    record,
+    unordered_schedulers,
+)
+from xtrain.testing.sequences import Plan, SequenceModule, plans, run_plainly
+
+Job = Callable[..., Outcome]
+
+TOLERANCES: Mapping[str, float] = {
+    "32-true": 1e-6,
+    "bf16-mixed": 2e-3,
+    "16-mixed": 5e-4,
+    "bf16-true": 2e-2,
+    "16-true": 2e-3,
+}
+"""Largest difference to the hand-written loop, absolute and relative, by precision."""
+
+
+class BackendConformance:
+    """Inherit, and say which backend; see `xtrain.testing`.
+
+    Attributes:
+        backend: the registered name.
+        precisions: what to test; each must be among the backend's capabilities.
+        options: options of the backend.
+        tolerances: see `TOLERANCES`; tighten them where the device computes as the oracle does.
+        oracle_device: where the hand-written loops run.
+        provocations: a run for each rule that only this backend has, by rule id.
+        direct_calls: whether ``loss.backward()`` and the user's own optimizer may be used where no loss is scaled.
+        sequence_examples: how many random programs to run per precision.
+    """
+
+    backend: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("32-true",)
+    options: ClassVar[Mapping[str, Any]] = {}
+    tolerances: ClassVar[Mapping[str, float]] = TOLERANCES
+    oracle_device: ClassVar[str] = "cpu"
+    provocations: ClassVar[Mapping[str, wrong.Provocation]] = {}
+    direct_calls: ClassVar[bool] = True
+    sequence_examples: ClassVar[int] = 60
+
+    def launch(self, job: Job) -> list[Outcome]:
+        """Run ``job(world_size=..., rank=...)`` on every rank and return the outcomes in order of rank.
+
+        Override it for several processes; `job` can be pickled.
+        """
+        return [job(world_size=1, rank=0)]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Give each test its rows of the tables."""
+        names = metafunc.fixturenames
+        scaled = {p: PRECISIONS[p].loss_scaling for p in self.precisions}
+        if "experiment" in names:
+            rows = [(p, e) for p in self.precisions for e in EXPERIMENTS if scaled[p] or not e.scaling]
+            metafunc.parametrize("precision, experiment", rows, ids=[f"{p}-{e}" for p, e in rows])
+        elif "misuse" in names:
+            table = [(p, m) for p in self.precisions for m in wrong.MISUSES if scaled[p] or not m.scaled_only]
+            metafunc.parametrize("precision, misuse", table, ids=[f"{p}-{m}" for p, m in table])
+        elif "rule" in names:
+            metafunc.parametrize(
+                "rule", [r.id for r in all_rules([get_backend_class(self.backend)]) if r.id != "precision"]
+            )
+        elif "any_precision" in names:
+            metafunc.parametrize("any_precision", sorted(PRECISIONS))
+        elif "precision" in names:
+            metafunc.parametrize("precision", self.precisions)
+
+    # ---------------------------------------------------------------- the same parameters
+
+    def test_same_as_plain_torch(self, precision: str, experiment: Experiment) -> None:
+        """Parameters, norms, learning rates and counters are those of the hand-written loop, or it is refused."""
+        rule = experiment.refused(get_backend_class(self.backend).capabilities, PRECISIONS[precision])
+        job = partial(perform, experiment, self.backend, precision, self.options)
+        if rule is not None:
+            with pytest.raises(UnsupportedCombinationError) as refusal:
+                self.launch(job)
+            assert f"[{rule}]" in str(refusal.value)
+            return
+        self.compare(self.launch(job), expect(experiment, precision, self.oracle_device), precision)
+
+    def test_random_legal_sequences(self, precision: str) -> None:
+        """Any legal order of the verbs trains what it trains in plain PyTorch."""
+
+        def check(plan: Plan) -> None:
+            outcomes = self.launch(partial(perform_plan, plan, self.backend, precision, self.options))
+            run = Plain(precision, batches(len(plan.program)), device=self.oracle_device)
+            with unordered_schedulers():
+                run_plainly(run, plan)
+            self.compare(outcomes, outcome_of(run, run), precision)
+
+        self._explore(check, plans(illegal=False))
+
+    def test_random_illegal_sequences(self, precision: str) -> None:
+        """The verb that is out of order raises, and no verb before it."""
+
+        def check(plan: Plan) -> None:
+            module = SequenceModule(plan)
+            with pytest.raises(ProtocolError):
+                fit_plan(module, self.backend, precision, self.options)
+            assert module.position == sum(map(len, plan.program)), f"raised at verb {module.position} of {plan}"
+
+        self._explore(check, plans(illegal=True))
+
+    def _explore(self, check: Callable[[Plan], None], drawn: SearchStrategy[Plan]) -> None:
+        config = settings(max_examples=self.sequence_examples, deadline=None, derandomize=True, database=None)
+        config(given(drawn)(check))()
+
+    def compare(self, outcomes: list[Outcome], expected: Outcome, precision: str) -> None:
+        """Compare all ranks with each other, bit by bit, and their mean facts with the oracle's."""
+        tolerance = self.tolerances[precision]
+        for other in outcomes[1:]:
+            for name, value in outcomes[0].parameters.items():
+                assert torch.equal(other.parameters[name], value), f"{name} differs between ranks"
+        for name, value in expected.parameters.items():
+            _close(outcomes[0].parameters[name], value, tolerance, name)
+        assert outcomes[0].facts.keys() == expected.facts.keys()
+        for name, numbers in expected.facts.items():
+            received = torch.tensor([o.facts[name] for o in outcomes], dtype=torch.float64).mean(0)
+            _close(received, torch.tensor(numbers, dtype=torch.float64), tolerance, name)
+
+    def test_evaluation(self, precision: str) -> None:
+        """`validate`, `test` and `predict` compute what the networks compute, and leave them alone."""
+        module = Evaluated()
+        trainer = make_trainer(self.backend, precision, self.options)
+        data = batches(3)
+        loader = as_loader(data)
+        validated, tested = trainer.validate(module, loader), trainer.test(module, loader)
+        predicted = trainer.predict(module, loader)
+        tolerance = self.tolerances[precision]
+        run = Plain(precision, data, device=self.oracle_device)
+        expected = om.evaluation_loss(run).cpu().double()
+        for result in (validated, tested):
+            assert [set(metrics) for metrics in result] == [{"loss"}]
+            _close(torch.tensor(result[0]["loss"], dtype=torch.float64), expected, tolerance, "loss")
+        assert len(predicted) == len(data)
+        for received, wanted in zip(predicted, om.predictions(run), strict=True):
+            _close(received.detach().cpu(), wanted.cpu(), tolerance, "prediction")
+
+    # ---------------------------------------------------------------- what is refused
+
+    def test_misuse(self, precision: str, misuse: wrong.Misuse) -> None:
+        """A wrong order or argument raises, and says what was expected, what came and the corrected line."""
+        trainer = make_trainer(self.backend, precision, self.options, max_epochs=1)
+        with pytest.raises(misuse.error) as caught:
+            trainer.fit(misuse.module(), batches(2))
+        for part in ("Expected ", "Received: ", "Fix: "):
+            assert part in str(caught.value)
+
+    def test_rule(self, rule: str) -> None:
+        """Each rule of the table refuses its combination before the data is touched."""
+        provocation = (wrong.PROVOCATIONS | dict(self.provocations)).get(rule)
+        assert provocation is not None, f"give a run that rule {rule!r} refuses in {type(self).__name__}.provocations"
+        if not provocation.applies(get_backend_class(self.backend).capabilities):
+            return  # allowed here: the experiments above train with it
+        precision = provocation.precision or self.precisions[0]
+        trainer = make_trainer(self.backend, precision, self.options, max_epochs=1, **provocation.trainer)
+        with pytest.raises(UnsupportedCombinationError) as refusal:
+            trainer.fit(provocation.module(), wrong.Untouched())
+        assert any(f"[{rule}]" in violation and "Fix:" in violation for violation in refusal.value.violations)
+
+    def test_precision_is_kept_or_refused(self, any_precision: str) -> None:
+        """Precisions outside the backend's row are refused; those inside are tested here."""
+        if any_precision in get_backend_class(self.backend).capabilities.precisions:
+            assert any_precision in self.precisions, (
+                f"{any_precision} is promised but not among {type(self).__name__}.precisions"
+            )
+            return
+        with pytest.raises(UnsupportedCombinationError, match=r"\[precision\]"):
+            make_trainer(self.backend, any_precision, self.options, max_epochs=1).fit(Gan(), wrong.Untouched())
+
+    def test_raw_optimizer(self, precision: str) -> None:
+        """``optimizer.optimizer`` steps as in plain PyTorch where nothing is lost by that, and raises elsewhere."""
+        experiment = Experiment("raw-optimizer", RawOptimizer, om.raw_optimizer)
+        self._plain_or_refused(experiment, precision, nullcontext())
+
+    def test_direct_backward(self, precision: str) -> None:
+        """``loss.backward()`` warns and trains as usual where nothing is lost by that, and raises elsewhere."""
+        experiment = Experiment("direct-backward", DirectBackward, om.accumulate_once)
+        self._plain_or_refused(experiment, precision, pytest.warns(UserWarning, match="manual_backward"))
+
+    def _plain_or_refused(self, experiment: Experiment, precision: str, warning: AbstractContextManager[Any]) -> None:
+        job = partial(perform, experiment, self.backend, precision, self.options)
+        if PRECISIONS[precision].loss_scaling or not self.direct_calls:
+            with pytest.raises(ProtocolError):
+                self.launch(job)
+            return
+        with warning:
+            outcomes = self.launch(job)
+        self.compare(outcomes, expect(experiment, precision, self.oracle_device), precision)
+
+    # ---------------------------------------------------------------- how it comes about
+
+    @pytest.mark.parametrize("clipped", [True, False])
+    def test_life_of_a_gradient(self, clipped: bool) -> None:
+        """The verbs reach the backend in order; each gradient is finalized once, each training step bounded once."""
+        trainer = make_trainer(self.backend, self.precisions[0], self.options, max_epochs=1)
+        calls = record(trainer.backend)
+        trainer.fit(ClippedGan(0.2) if clipped else Gan(), batches(3))
+        clip = ["clip_gradients"] if clipped else []
+        life = ["zero_grad", "backward", "finalize_gradients", *clip, "step"]
+        assert calls == [*life, *life, "step_boundary"] * 3
+
+    def test_boundary_in_evaluation(self) -> None:
+        """Validation, test and prediction steps end at a boundary too."""
+        trainer = make_trainer(self.backend, self.precisions[0], self.options)
+        calls = record(trainer.backend)
+        for run in (trainer.validate, trainer.test, trainer.predict):
+            run(Evaluated(), as_loader(batches(2)))
+        assert calls == ["step_boundary"] * 6
+
+    @pytest.mark.parametrize("spelling", ["toggled_optimizer", "toggle_model"])
+    def test_toggles_end_with_an_exception(self, spelling: str) -> None:
+        """Nested toggles restore every ``requires_grad`` when an exception leaves them, caught or not."""
+        module = Interrupted(spelling)
+        with pytest.raises(KeyError, match="on purpose"):
+            make_trainer(self.backend, self.precisions[0], self.options, max_epochs=1).fit(module, batches(2))
+        assert module.notes["nested"] == [[False, True, False]]
+        assert module.notes["outer"] == [[False, False, True]]
+        assert module.notes["caught"] == [[False, True, True]]
+        assert module.flags() == [False, True, True]
+
+    def test_state_is_portable(self, precision: str) -> None:
+        """The backend's state survives ``torch.save`` and a load that runs no code, and comes back the same."""
+        trainer = make_trainer(self.backend, precision, self.options, max_epochs=1)
+        module = SavesState()
+        trainer.fit(module, batches(2))
+        saved, restored = module.states
+        _same(saved, restored)
+
+    def test_batches_move_whole(self, precision: str) -> None:
+        """Nested batches keep their structure; floats take the policy's dtype, integers keep theirs."""
+        module = SeesBatch()
+        batch = {"x": [torch.ones(2, 3), (torch.arange(2), "name")], "n": 3}
+        make_trainer(self.backend, precision, self.options, max_epochs=1).fit(module, [batch])
+        moved = module.batch
+        whole = PRECISIONS[precision].parameter_dtype or torch.float32
+        assert moved["x"][1][1] == "name"
+        assert moved["n"] == 3
+        assert isinstance(moved["x"][1], tuple)
+        assert (moved["x"][0].dtype, moved["x"][1][0].dtype) == (whole, torch.int64)
+        assert {t.device for t in (moved["x"][0], moved["x"][1][0])} == {module.device}
+        assert moved["x"][1][0].cpu().tolist() == [0, 1]
+
+    def test_collectives(self) -> None:
+        """Reductions leave their argument alone; gathering adds a leading dimension of the world's size."""
+        module = Communicates()
+        trainer = make_trainer(self.backend, self.precisions[0], self.options, max_epochs=1)
+        trainer.fit(module, batches(1))
+        assert module.facts == {
+            "mean": [1.0, 2.0],
+            "gathered": [trainer.world_size, 2],
+            "broadcast": "word",
+            "kept": [1.0, 2.0],
+        }
+
+
+def _close(received: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    torch.testing.assert_close(
+        received,
+        expected.cpu(),
+        atol=tolerance,
+        rtol=tolerance,
+        msg=lambda text: f"{name} differs from the hand-written loop: {text}",
+    )
+
+
+def _same(saved: Any, restored: Any) -> None:
+    if isinstance(saved, dict):
+        assert saved.keys() == restored.keys()
+        for key, value in saved.items():
+            _same(value, restored[key])
+    elif isinstance(saved, Tensor):
+        assert saved.device.type == "cpu"
+        assert torch.equal(saved, restored)
+    else:
+        assert saved == restored
