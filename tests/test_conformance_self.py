@@ -1,0 +1,241 @@
+"""The conformance suite itself: it passes a sound backend, and notices each broken one."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from xtrain_backends._eager import EagerBackend
+
+from xtrain import Capabilities, register_backend
+from xtrain.rules import Rule
+from xtrain.testing import BackendConformance
+from xtrain.testing.experiments import EXPERIMENTS, Outcome
+from xtrain.testing.misuse import MISUSES
+from xtrain.testing.networks import batches
+
+BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
+
+
+@register_backend
+class Sound(EagerBackend):
+    name = "sound"
+    capabilities = Capabilities(
+        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}), asynchronous=False
+    )
+
+    @classmethod
+    def available(cls):
+        return None
+
+    def launch(self):
+        self.device = torch.device("cpu")
+
+
+def suite_for(backend):
+    tolerances = dict.fromkeys(("32-true", "16-mixed", "bf16-mixed", "bf16-true"), 1e-6)
+    return type("Suite", (BackendConformance,), {"backend": backend, "tolerances": tolerances})()
+
+
+def broken(label, **verbs):
+    """Register a backend that is sound but for `verbs`; return its name."""
+    register_backend(type(f"Broken{label}", (Sound,), {"name": f"broken-{label}".lower(), **verbs}))
+    return f"broken-{label}".lower()
+
+
+def keeps_gradients(self, optimizer, set_to_none=True):
+    if self.scaler is not None:
+        self.scaler.forget(optimizer.optimizer)
+
+
+def zeroes_everything(self, optimizer, set_to_none=True):
+    for other in self._optimizers:
+        EagerBackend.zero_grad(self, other, set_to_none)
+
+
+def never_zeros(self, optimizer, set_to_none=True):
+    EagerBackend.zero_grad(self, optimizer, True)
+
+
+def drops_arguments(self, loss, *args, **kwargs):
+    EagerBackend.backward(self, loss, retain_graph=True)
+
+
+def forgets_the_graph_flag(self, loss, *args, **kwargs):
+    kwargs.pop("retain_graph", None)
+    EagerBackend.backward(self, loss, *args, **kwargs)
+
+
+def doubles(self, loss, *args, **kwargs):
+    EagerBackend.backward(self, loss * 2, *args, **kwargs)
+
+
+def clips_nothing(self, optimizer, value, algorithm):
+    return EagerBackend.clip_gradients(self, optimizer, float("inf"), "norm")
+
+
+def clips_by_norm(self, optimizer, value, algorithm):
+    return EagerBackend.clip_gradients(self, optimizer, value, "norm")
+
+
+def returns_clipped_norm(self, optimizer, value, algorithm):
+    return EagerBackend.clip_gradients(self, optimizer, value, algorithm).clamp(max=value)
+
+
+def clips_everything(self, optimizer, value, algorithm):
+    parameters = [p for other in self._optimizers for p in other.parameters]
+    return torch.nn.utils.clip_grad_norm_(parameters, value)
+
+
+def steps_all(self, optimizer, closure=None):
+    for other in self._optimizers:
+        result = EagerBackend.step(self, other, closure)
+    return result
+
+
+def ignores_closures(self, optimizer, closure=None):
+    loss = None if closure is None else closure()
+    return loss, EagerBackend.step(self, optimizer)[1]
+
+
+def always_applied(self, optimizer, closure=None):
+    return EagerBackend.step(self, optimizer, closure)[0], True
+
+
+def updates_at_each_step(self, optimizer, closure=None):
+    result = EagerBackend.step(self, optimizer, closure)
+    EagerBackend.step_boundary(self)
+    return result
+
+
+def never_unscales_twice(self, optimizer):
+    for other in self._optimizers:
+        if self.has_gradients(other):
+            EagerBackend.finalize_gradients(self, other)
+
+
+def leaves_accumulated(self):
+    if self.scaler is not None:
+        self.scaler.update_once()
+
+
+def cached_autocast(self):
+    dtype = self.precision.autocast_dtype
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype, cache_enabled=True)
+
+
+MUTANTS = [
+    (keeps_gradients, "zero_grad", "gan", "32-true"),
+    (zeroes_everything, "zero_grad", "accumulate-apart", "32-true"),
+    (never_zeros, "zero_grad", "keep-zeros", "32-true"),
+    (drops_arguments, "backward", "gradient-argument", "32-true"),
+    (drops_arguments, "backward", "inputs-argument", "32-true"),
+    (forgets_the_graph_flag, "backward", "retain-graph", "32-true"),
+    (doubles, "backward", "gan", "32-true"),
+    (clips_nothing, "clip_gradients", "gan-clip-norm", "32-true"),
+    (clips_by_norm, "clip_gradients", "gan-clip-value", "32-true"),
+    (returns_clipped_norm, "clip_gradients", "n-critic", "32-true"),
+    (clips_everything, "clip_gradients", "shared-loss", "32-true"),
+    (steps_all, "step", "frequencies", "32-true"),
+    (ignores_closures, "step", "lbfgs", "32-true"),
+    (always_applied, "step", "scaling-textbook", "16-mixed"),
+    (updates_at_each_step, "step", "scaling-overflow-in-one", "16-mixed"),
+    (updates_at_each_step, "step", "scaling-inner-loop", "16-mixed"),
+    (never_unscales_twice, "finalize_gradients", "shared-loss", "16-mixed"),
+    (lambda self, optimizer: None, "finalize_gradients", "gan", "16-mixed"),
+    (leaves_accumulated, "step_boundary", "scaling-accumulate-growth", "16-mixed"),
+    (lambda self: None, "step_boundary", "scaling-textbook", "16-mixed"),
+    (lambda self: nullcontext(), "forward_context", "gan", "bf16-mixed"),
+    (cached_autocast, "forward_context", "n-critic", "bf16-mixed"),
+    (lambda self, batch: batch, "batch_to_device", "gan", "bf16-true"),
+    (lambda self, module: None, "setup_module", "gan", "bf16-true"),
+]
+
+
+@pytest.mark.parametrize(
+    ("index", "mutant", "verb", "experiment", "precision"),
+    [(i, *row) for i, row in enumerate(MUTANTS)],
+    ids=[f"{row[0].__name__.strip('<>')}-{row[2]}" for row in MUTANTS],
+)
+def test_a_broken_verb_is_noticed(index, mutant, verb, experiment, precision):
+    suite_for("sound").test_same_as_plain_torch(precision, BY_NAME[experiment])
+    with pytest.raises((AssertionError, LookupError, RuntimeError, TypeError)):
+        suite_for(broken(str(index), **{verb: mutant})).test_same_as_plain_torch(precision, BY_NAME[experiment])
+
+
+def test_random_sequences_find_what_no_experiment_names():
+    def forgets_once(self, optimizer, set_to_none=True):
+        if optimizer.step_count != 1:
+            EagerBackend.zero_grad(self, optimizer, set_to_none)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        suite_for(broken("once", zero_grad=forgets_once)).test_random_legal_sequences("32-true")
+
+
+def test_a_missing_verb_in_the_life_of_a_gradient_is_noticed():
+    def finalizes_by_itself(self, optimizer, value, algorithm):
+        self.finalize_gradients(optimizer)
+        return EagerBackend.clip_gradients(self, optimizer, value, algorithm)
+
+    suite_for("sound").test_life_of_a_gradient(True)
+    with pytest.raises(AssertionError):
+        suite_for(broken("life", clip_gradients=finalizes_by_itself)).test_life_of_a_gradient(True)
+
+
+def test_a_guard_that_is_off_is_noticed():
+    misuse = next(m for m in MISUSES if m.name == "direct-backward-on-top")
+    suite_for("sound").test_misuse("16-mixed", misuse)
+    with pytest.raises(pytest.fail.Exception):
+        suite_for(broken("guard", unseen_gradient=lambda self: None)).test_misuse("16-mixed", misuse)
+
+
+def test_state_that_does_not_come_back_is_noticed():
+    suite_for("sound").test_state_is_portable("16-mixed")
+    loses = broken("state", load_state_dict=lambda self, state: setattr(self.scaler, "_host_scale", 3.0))
+    with pytest.raises(AssertionError):
+        suite_for(loses).test_state_is_portable("16-mixed")
+
+
+def test_an_unlisted_precision_is_noticed():
+    with pytest.raises(AssertionError, match="promised"):
+        suite_for("sound").test_precision_is_kept_or_refused("bf16-true")
+
+
+def test_a_rule_of_a_backend_needs_a_run_that_it_refuses():
+    extra = Rule("extra", "this", "because", "do that", "nowhere", lambda situation: None)
+    suite = suite_for(broken("rules", rules=(extra,)))
+    with pytest.raises(AssertionError, match="provocations"):
+        suite.test_rule("extra")
+
+
+def test_ranks_that_differ_are_noticed_and_facts_are_averaged():
+    suite, one = suite_for("sound"), {"G.w": torch.ones(2)}
+    expected = Outcome(one, {"loss": [2.0]})
+    suite.compare([Outcome(one, {"loss": [1.0]}), Outcome(one, {"loss": [3.0]})], expected, "32-true")
+    with pytest.raises(AssertionError, match="between ranks"):
+        suite.compare(
+            [expected, Outcome({"G.w": torch.tensor([1.0, 1.0 + 1e-7])}, {"loss": [2.0]})], expected, "32-true"
+        )
+    with pytest.raises(AssertionError, match="loss differs"):
+        suite.compare([Outcome(one, {"loss": [1.0]})] * 2, expected, "32-true")
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_every_batch(world_size):
+    whole, shares = batches(3), [batches(3, world_size, rank) for rank in range(world_size)]
+    for index, (x, z) in enumerate(whole):
+        for position, tensor in enumerate((x, z)):
+            rows = torch.cat([share[index][position] for share in shares])
+            assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, tensor.tolist()))
+
+
+def test_experiments_need_neither_pytest_nor_hypothesis():
+    code = (
+        "import sys; sys.modules['pytest'] = sys.modules['hypothesis'] = None\n"
+        "import xtrain.testing.experiments\n"
+        "try: xtrain.testing.BackendConformance\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "pip install 'xtrain[testing]'" in done.stdout, done.stderr
