@@ -27,6 +27,7 @@ class Misuse:
     Attributes:
         name: shown as the test's id.
         step: the body of the training step, as a function of module and batch.
+        says: what the message must tell, beside what was expected, received and the corrected line.
         error: what it must raise.
         scaled_only: it is wrong only where gradients are scaled.
         automatic: the module is in automatic optimization.
@@ -34,6 +35,7 @@ class Misuse:
 
     name: str
     step: Step
+    says: str
     error: type[Exception] = ProtocolError
     scaled_only: bool = False
     automatic: bool = False
@@ -181,27 +183,27 @@ def _clip_by(value: Any, algorithm: str = "norm") -> Step:
 
 
 MISUSES: tuple[Misuse, ...] = (
-    Misuse("clip-after-step", _clip_after_step),
-    Misuse("clip-nothing", _clip_nothing),
-    Misuse("backward-after-clip", _backward_after_clip),
-    Misuse("stray-backward-after-clip", _stray_after_clip),
-    Misuse("step-twice", _step_twice),
-    Misuse("step-after-zero-grad", _step_after_zero),
-    Misuse("step-the-other", _step_other),
-    Misuse("step-while-shielded", _step_shielded),
-    Misuse("manual-backward-in-automatic", _backward_in_automatic, automatic=True),
-    Misuse("raw-step", _raw_step, scaled_only=True),
-    Misuse("direct-backward", _direct_backward, scaled_only=True),
-    Misuse("direct-backward-on-top", _direct_backward_on_top, scaled_only=True),
-    Misuse("untoggle-untoggled", _untoggle_untoggled),
-    Misuse("vector-loss", _vector_loss, ConfigurationError),
-    Misuse("loss-without-graph", _no_graph, ConfigurationError),
-    Misuse("foreign-optimizer", _foreign_optimizer, ConfigurationError),
-    Misuse("clip-zero", _clip_by(0.0), ConfigurationError),
-    Misuse("clip-negative", _clip_by(-1.0), ConfigurationError),
-    Misuse("clip-nan", _clip_by(float("nan")), ConfigurationError),
-    Misuse("clip-none", _clip_by(None), ConfigurationError),
-    Misuse("clip-algorithm", _clip_by(1.0, "l1"), ConfigurationError),
+    Misuse("clip-after-step", _clip_after_step, "clip_gradients before step"),
+    Misuse("clip-nothing", _clip_nothing, "none"),
+    Misuse("backward-after-clip", _backward_after_clip, "before its gradients are clipped"),
+    Misuse("stray-backward-after-clip", _stray_after_clip, "toggled_optimizer"),
+    Misuse("step-twice", _step_twice, "none"),
+    Misuse("step-after-zero-grad", _step_after_zero, "none"),
+    Misuse("step-the-other", _step_other, "none"),
+    Misuse("step-while-shielded", _step_shielded, "none"),
+    Misuse("manual-backward-in-automatic", _backward_in_automatic, "automatic_optimization = False", automatic=True),
+    Misuse("raw-step", _raw_step, "loss scale", scaled_only=True),
+    Misuse("direct-backward", _direct_backward, "loss scale", scaled_only=True),
+    Misuse("direct-backward-on-top", _direct_backward_on_top, "loss scale", scaled_only=True),
+    Misuse("untoggle-untoggled", _untoggle_untoggled, "is not"),
+    Misuse("vector-loss", _vector_loss, "shape (", ConfigurationError),
+    Misuse("loss-without-graph", _no_graph, "without a graph", ConfigurationError),
+    Misuse("foreign-optimizer", _foreign_optimizer, "SGD", ConfigurationError),
+    Misuse("clip-zero", _clip_by(0.0), "0.0", ConfigurationError),
+    Misuse("clip-negative", _clip_by(-1.0), "-1.0", ConfigurationError),
+    Misuse("clip-nan", _clip_by(float("nan")), "nan", ConfigurationError),
+    Misuse("clip-none", _clip_by(None), "None", ConfigurationError),
+    Misuse("clip-algorithm", _clip_by(1.0, "l1"), "'l1'", ConfigurationError),
 )
 
 

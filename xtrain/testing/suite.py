@@ -189,7 +189,7 @@ class BackendConformance:
         trainer = make_trainer(self.backend, precision, self.options, max_epochs=1)
         with pytest.raises(misuse.error) as caught:
             trainer.fit(misuse.module(), batches(2))
-        for part in ("Expected ", "Received: ", "Fix: "):
+        for part in ("Expected ", "Received: ", "Fix: ", misuse.says):
             assert part in str(caught.value)
 
     def test_rule(self, rule: str) -> None:
