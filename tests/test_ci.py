@@ -73,8 +73,13 @@ def small_project(tmp_path):
 
 OUTCOMES = {
     "passes": ("def test_a(): pass", 0, "1 passed, 0 failed, 0 skipped"),
-    "fails": ("def test_a(): pass\ndef test_b(): assert 0", 1, "1 passed, 1 failed, 0 skipped"),
-    "skips": ("import pytest\ndef test_a(): pytest.skip('no')", 1, "0 passed, 1 failed, 1 skipped"),
+    "fails": ("def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): assert 0", 1, "1 passed, 2 failed, 0 skipped"),
+    "skips": ("import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no')", 1, "1 passed, 1 failed, 1 skipped"),
+    "is stopped": (
+        "import pytest\ndef test_a(): pass\ndef test_b(): pytest.exit('no', 7)",
+        1,
+        "1 passed, 1 failed, 0 skipped",
+    ),
     "collects nothing": ("def helper(): pass", 1, "0 passed, 1 failed, 0 skipped"),
     "has no file": (None, 1, "0 passed, 1 failed, 0 skipped"),
     "dies": ("import os\ndef test_a(): os._exit(0)", 1, "0 passed, 1 failed, 0 skipped"),
