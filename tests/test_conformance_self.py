@@ -1,8 +1,10 @@
 """The conformance suite itself: it passes a sound backend, and notices each broken one."""
 
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from xtrain_backends._eager import EagerBackend
 from xtrain import Capabilities, register_backend
 from xtrain.rules import Rule
 from xtrain.testing import BackendConformance
-from xtrain.testing.experiments import EXPERIMENTS, Outcome
+from xtrain.testing.experiments import EXPERIMENTS, Outcome, perform
 from xtrain.testing.misuse import MISUSES
 from xtrain.testing.networks import batches
 
@@ -228,6 +230,12 @@ def test_ranks_share_every_batch(world_size):
         for position, tensor in enumerate((x, z)):
             rows = torch.cat([share[index][position] for share in shares])
             assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, tensor.tolist()))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
+def test_an_experiment_can_be_sent_to_other_processes(experiment):
+    job = pickle.loads(pickle.dumps(partial(perform, experiment, "sound", "32-true", {})))
+    assert job.args[0] == experiment
 
 
 def test_experiments_need_neither_pytest_nor_hypothesis():

@@ -1,7 +1,8 @@
 """The table of experiments, and how one is performed on either side.
 
 An experiment is a LightningModule and the hand-written loop that says what it must come to. Both
-leave an `Outcome`: parameters, counters and notes, all as CPU values.
+leave an `Outcome`: parameters, counters and notes, all as CPU values. A row, and `perform` bound to one,
+can be pickled, so that a launcher may send it to other processes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from xtrain.testing.networks import Batch, adam, batches
 Refusal = Callable[[Capabilities, Precision], str | None]
 
 
+def refuses_nothing(capabilities: Capabilities, precision: Precision) -> str | None:
+    """Most experiments run everywhere."""
+    return None
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One thing that must mean the same everywhere.
@@ -52,7 +58,7 @@ class Experiment:
     batches: int = 4
     epochs: int = 1
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    refused: Refusal = lambda capabilities, precision: None
+    refused: Refusal = refuses_nothing
     scaling: bool = False
     loader: bool = True
     validation: int = 0
