@@ -15,23 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = (str(ROOT / "xtrain"), str(ROOT / "backends"))
 
 
-def hops(last: str) -> list[str]:
-    """Return the functions of ours above the caller, from the innermost out to the first one called `last`."""
-    names, frame = [], sys._getframe(1)
-    while frame is not None:
+def hops() -> list[str]:
+    """Return the functions of ours between the caller and the code of this file that is next above it, inmost first."""
+    names, frame = [], sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != __file__:
         if frame.f_code.co_filename.startswith(OURS):
             names.append(frame.f_code.co_name)
-            if names[-1] == last:
-                return names
         frame = frame.f_back
-    raise AssertionError(f"{last} is not on the stack: {names}")
+    assert frame is not None, "nothing of this file is above the caller"
+    return names
 
 
 class Traced(torch.optim.SGD):
     """Notes the way to its step."""
 
     def step(self, closure=None):
-        self.way = hops("step")
+        self.way = hops()
         return super().step(closure)
 
 
@@ -45,9 +44,9 @@ class Recorder(LightningModule):
         self.way: dict[str, list[str]] = {}
 
     def training_step(self, batch, batch_idx):
-        self.way["training_step"] = hops("fit")
+        self.way["training_step"] = hops()
         loss = self.layer(batch).float().mean() / 1000  # small enough for the first loss scale: the step is applied
-        loss.register_hook(lambda grad: self.way.update(backward=hops("manual_backward")))
+        loss.register_hook(lambda grad: self.way.update(backward=hops()))
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -62,6 +61,7 @@ class Recorder(LightningModule):
 def test_manual_step_is_near_its_user(precision):
     module = Recorder()
     Trainer(backend="cpu", precision=precision, max_steps=1, enable_progress_bar=False).fit(module, [torch.ones(3, 2)])
+    assert (module.way["training_step"][-1], module.way["backward"][-1]) == ("fit", "manual_backward")
     assert len(module.way["training_step"]) <= 3, module.way
     assert len(module.way["backward"]) <= 2, module.way
     assert len(module.way["step"]) <= 2, module.way
