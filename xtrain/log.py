@@ -174,10 +174,10 @@ class MetricLog:
             batch_size: weight of this value in the mean; default: the first dimension of the batch.
             add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
             rank_zero_only: it is logged on rank 0 only, so it is never reduced over the ranks.
-            metric_attribute: taken as in Lightning, and not needed: the torchmetrics object itself is kept.
+            metric_attribute: taken as in Lightning, not needed.
 
         Raises:
-            ConfigurationError: for a value, a hook or a combination of settings that cannot be logged.
+            ConfigurationError: for a value, a hook or settings that cannot be logged.
         """
         settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
         self.record(name, value, settings, batch_size)
@@ -246,8 +246,7 @@ class MetricLog:
         Returns:
             The `checks` as floats by name.
         """
-        floats = self._read(list(self.checks.values()))
-        checks = dict(zip(self.checks, floats, strict=True))
+        checks = dict(zip(self.checks, self._read(list(self.checks.values())), strict=True))
         self.checks.clear()
         self._send(self._stage.row, step, epoch)
         self._stage.row = {}
@@ -311,17 +310,17 @@ class MetricLog:
         tensors = [value for _, values in metrics for value in values if isinstance(value, Tensor)]
         tensors += extra
         floats = iter(self._read_scalars([t.reshape(()) if t.dim() else t for t in tensors]) if tensors else ())
-        newest: list[tuple[Metric, float]] = []
+        stepped: list[tuple[Metric, float]] = []
         for metric, values in metrics:
             numbers = [next(floats) if isinstance(value, Tensor) else value for value in values]
             if metric.on_step and metric.fresh:
-                newest.append((metric, numbers[-1]))
+                stepped.append((metric, numbers[-1]))
             metric.receive(numbers)
-        self._show_steps([metric for metric, _ in newest], [value for _, value in newest])
+        self._show_steps([metric for metric, _ in stepped], [value for _, value in stepped])
         return list(floats)
 
-    def _show_steps(self, metrics: list[Metric], values: list[float]) -> None:
-        values = self._over_ranks(metrics, values, [1.0] * len(values))
+    def _show_steps(self, metrics: list[Metric], local: list[float]) -> None:
+        values = self._over_ranks(metrics, local, [1.0] * len(local))
         self.progress_bar_metrics.update({m.step_name: v for m, v in zip(metrics, values, strict=True) if m.prog_bar})
         if self._sends_steps:
             self._stage.row |= {m.step_name: v for m, v in zip(metrics, values, strict=True) if m.logger}

@@ -155,6 +155,7 @@ class _Bar:
         from tqdm import tqdm
 
         self._moves = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._leave = leave
         usual = _SECONDS_IN_A_TERMINAL if self._moves else _SECONDS_IN_A_LOG_FILE
         self._seconds = usual if seconds is None else seconds
         file = sys.stderr if self._moves else io.StringIO()  # tqdm formats the lines, but does not write them
@@ -172,5 +173,6 @@ class _Bar:
             print(self._tqdm, file=sys.stderr, flush=True)
 
     def close(self, metrics: Mapping[str, float]) -> None:
-        self.draw(metrics)
+        if self._moves or self._leave:
+            self.draw(metrics)
         self._tqdm.close()

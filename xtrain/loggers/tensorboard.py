@@ -67,8 +67,8 @@ class TensorBoardLogger(FileLogger):
 
         writer = self.experiment
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
-        for summary in hparams(plain, {}):  # type: ignore[no-untyped-call]
-            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        for summary in hparams(plain, {}):
+            writer._get_file_writer().add_summary(summary)
 
     @rank_zero_only
     def save(self) -> None:
@@ -80,5 +80,4 @@ class TensorBoardLogger(FileLogger):
     def finalize(self, status: str) -> None:
         """Close the event file."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            self._writer.close()  # it opens another file if something is logged after all
