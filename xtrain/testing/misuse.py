@@ -112,6 +112,13 @@ def _step_after_zero(module: Recorder, batch: Batch) -> None:
     d_opt.step()
 
 
+def _step_after_zeros(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    module.manual_backward(_loss(module, batch))
+    d_opt.zero_grad(set_to_none=False)
+    d_opt.step()
+
+
 def _step_other(module: Recorder, batch: Batch) -> None:
     g_opt, _ = module.optimizers()
     module.manual_backward(_loss(module, batch))
@@ -189,6 +196,7 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse("stray-backward-after-clip", _stray_after_clip, "toggled_optimizer"),
     Misuse("step-twice", _step_twice, "none"),
     Misuse("step-after-zero-grad", _step_after_zero, "none"),
+    Misuse("step-after-zeros", _step_after_zeros, "none"),
     Misuse("step-the-other", _step_other, "none"),
     Misuse("step-while-shielded", _step_shielded, "none"),
     Misuse("manual-backward-in-automatic", _backward_in_automatic, "automatic_optimization = False", automatic=True),

@@ -28,7 +28,8 @@ JOINT = 3
 
 LIMIT = 0.05
 
-_WEIGHTS = {"step": 4, "clip": 2, "zero": 1, "toggle": 1, "schedule": 1}
+_WEIGHTS = {"step": 4, "clip": 2, "zero": 1, "zero_in_place": 1, "toggle": 1, "schedule": 1}
+_PHASE_AFTER = {"zero": "empty", "zero_in_place": "empty", "clip": "final", "step": "used"}
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,9 @@ class _State:
             for other in range(self.count) if not self.toggles else self.toggles[-1:]:
                 if self.phase[other] != "final":
                     self.phase[other] = "held"
-        elif verb.name == "zero":
-            self.phase[i], self.filled[i] = "empty", False
-        elif verb.name == "clip":
-            self.phase[i] = "final"
-        elif verb.name == "step":
-            self.phase[i] = "used"
+        elif verb.name in _PHASE_AFTER:
+            self.phase[i] = _PHASE_AFTER[verb.name]
+            self.filled[i] &= verb.name != "zero"  # zeros in place are gradients still, once a backward adds to them
         elif verb.name == "toggle":
             self.toggles.append(i)
         elif verb.name == "untoggle":
@@ -179,8 +177,8 @@ class SequenceModule(Recorder):
     def _call(self, verb: Verb, batch: Batch, optimizers: list[Any], schedulers: list[Any]) -> None:
         if verb.name == "backward":
             self.manual_backward(_loss(self.nets, batch, verb.index, self.plan.count))
-        elif verb.name == "zero":
-            optimizers[verb.index].zero_grad()
+        elif verb.name in ("zero", "zero_in_place"):
+            optimizers[verb.index].zero_grad(set_to_none=verb.name == "zero")
         elif verb.name == "clip":
             self.note(norm=self.clip_gradients(optimizers[verb.index], LIMIT))
         elif verb.name == "step":
@@ -211,8 +209,8 @@ def run_plainly(run: Plain, plan: Plan) -> None:
                 with run.forward_context():
                     loss = _loss(nets, batch, verb.index, plan.count)
                 run.backward(loss)
-            elif verb.name == "zero":
-                optimizers[verb.index].zero_grad()
+            elif verb.name in ("zero", "zero_in_place"):
+                optimizers[verb.index].zero_grad(set_to_none=verb.name == "zero")
             elif verb.name == "clip":
                 run.note(norm=clip_grad_norm_(nets[verb.index].parameters(), LIMIT))
             elif verb.name == "step":

@@ -204,6 +204,15 @@ class BackendConformance:
             trainer.fit(provocation.module(), wrong.Untouched())
         assert any(f"[{rule}]" in violation and "Fix:" in violation for violation in refusal.value.violations)
 
+    def test_all_violations_are_told_at_once(self) -> None:
+        """One run that breaks two rules is told about both."""
+        flags: dict[str, Any] = {"accumulate_grad_batches": 2, "scaler_kwargs": {"init_scale": 8.0}}
+        trainer = make_trainer(self.backend, "32-true", self.options, max_epochs=1, **flags)
+        with pytest.raises(UnsupportedCombinationError) as refusal:
+            trainer.fit(Gan(), wrong.Untouched())
+        for rule in ("[manual-flags]", "[scaler-kwargs]"):
+            assert any(rule in violation for violation in refusal.value.violations)
+
     def test_precision_is_kept_or_refused(self, any_precision: str) -> None:
         """Precisions outside the backend's row are refused; those inside are tested here."""
         if any_precision in get_backend_class(self.backend).capabilities.precisions:
