@@ -35,17 +35,21 @@ class EagerBackend(Backend):
             self._unscaled -= {id(optimizer)}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.scaler is None:
-            with self.precision.suspended(self.device.type):
-                loss.backward(*args, **kwargs)
+        if self.precision.name == "32-true":  # nothing to suspend: the common case costs nothing
+            loss.backward(*args, **kwargs)
             return
-        for optimizer in self._optimizers:
-            # What is left from an earlier step gets the scale back before scaled gradients are added.
-            if id(optimizer) in self._unscaled and optimizer.phase is Phase.STEPPED:
-                rescale_gradients(optimizer.parameters, self.scaler.current_scale)
-                self._unscaled -= {id(optimizer)}
+        if self.scaler is not None:
+            self._restore_scale(self.scaler)
+            loss = self.scaler.scale(loss)
         with self.precision.suspended(self.device.type):
-            self.scaler.scale(loss).backward(*args, **kwargs)
+            loss.backward(*args, **kwargs)
+
+    def _restore_scale(self, scaler: LossScaler) -> None:
+        """Give what is left from an earlier step its scale back, before scaled gradients are added."""
+        for optimizer in self._optimizers:
+            if id(optimizer) in self._unscaled and optimizer.phase is Phase.STEPPED:
+                rescale_gradients(optimizer.parameters, scaler.current_scale)
+                self._unscaled -= {id(optimizer)}
 
     def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
         if self.scaler is not None:
@@ -55,18 +59,16 @@ class EagerBackend(Backend):
     def clip_gradients(
         self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
     ) -> Tensor:
-        gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
         if algorithm == "norm":
-            nn.utils.clip_grads_with_norm_(optimizer.parameters, value, norm)
-        else:
-            nn.utils.clip_grad_value_(list(optimizer.parameters), value)
+            return nn.utils.clip_grad_norm_(optimizer.parameters, value)
+        norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
+        nn.utils.clip_grad_value_(list(optimizer.parameters), value)
         return norm
 
     def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        if self.scaler is not None and not self.scaler.may_step(optimizer.optimizer):
+            return None, False
         with self.precision.suspended(self.device.type):
-            if self.scaler is not None:
-                return None, self.scaler.step_if_finite(optimizer.optimizer)
             return optimizer.optimizer.step(closure), True
 
     def step_boundary(self) -> None:

@@ -67,7 +67,10 @@ class AutomaticStep:
 
     def _backward(self, loss: Tensor) -> None:
         finalized = self._life.before_backward(loss, False)
-        self._life.backend.backward(loss)
+        try:
+            self._life.backend.backward(loss)
+        finally:
+            self._life.in_backward = False
         self._life.after_backward(finalized)
 
     def _clip(self, optimizer: Any) -> None:

@@ -67,6 +67,23 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerCon
     return optimizers, schedulers
 
 
+def check_monitors(schedulers: Sequence[LRSchedulerConfig]) -> None:
+    """Check that automatic optimization knows the metric of every `ReduceLROnPlateau`.
+
+    Raises:
+        ConfigurationError: if one has no ``monitor``.
+    """
+    for config in schedulers:
+        if config.reduce_on_plateau and config.monitor is None:
+            raise ConfigurationError(
+                explain(
+                    "a 'monitor' for ReduceLROnPlateau in automatic optimization",
+                    "none",
+                    "{'optimizer': opt, 'lr_scheduler': {'scheduler': plateau, 'monitor': 'val_loss'}}",
+                )
+            )
+
+
 def _split(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
     if returned is None:
         return [], []
@@ -110,7 +127,10 @@ def _scheduler(item: Any, where: str, monitor: str | None = None) -> LRScheduler
     known = [field.name for field in fields(LRSchedulerConfig)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
-        raise ConfigurationError(explain(f"scheduler keys out of {', '.join(known)} in {where}", ", ".join(unknown)))
+        fix = "{'scheduler': scheduler, 'interval': 'epoch', 'frequency': 1}"
+        raise ConfigurationError(
+            explain(f"scheduler keys out of {', '.join(known)} in {where}", ", ".join(unknown), fix)
+        )
     scheduler = settings.get("scheduler")
     if not (isinstance(scheduler, LRScheduler) or (hasattr(scheduler, "step") and hasattr(scheduler, "optimizer"))):
         raise _nonsense(f"{where}, the scheduler,", scheduler)
@@ -118,9 +138,13 @@ def _scheduler(item: Any, where: str, monitor: str | None = None) -> LRScheduler
     settings.setdefault("monitor", monitor)
     config = LRSchedulerConfig(**settings)
     if config.interval not in ("epoch", "step"):
-        raise ConfigurationError(explain(f"'epoch' or 'step' as the interval of {where}", repr(config.interval)))
+        raise ConfigurationError(
+            explain(f"'epoch' or 'step' as the interval of {where}", repr(config.interval), "'interval': 'step'")
+        )
     if not (isinstance(config.frequency, int) and config.frequency >= 1):
-        raise ConfigurationError(explain(f"a frequency of at least 1 in {where}", repr(config.frequency)))
+        raise ConfigurationError(
+            explain(f"a frequency of at least 1 in {where}", repr(config.frequency), "'frequency': 1")
+        )
     return config
 
 

@@ -55,19 +55,15 @@ def limited(size: int | None, limit: int | float | None, flag: str) -> int | Non
     """Return how many batches of a loader with `size` batches to use; None means all.
 
     Raises:
-        ConfigurationError: for a negative limit, a fraction above 1, or one of an unknown size.
+        ConfigurationError: for a fraction of an unknown size.
     """
-    if limit is None:
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
         return size
-    fix = f"Trainer({flag}=10) or Trainer({flag}=0.5)"
     if isinstance(limit, float):
-        if not 0.0 <= limit <= 1.0:
-            raise ConfigurationError(explain(f"{flag} as a fraction in [0, 1] or a number of batches", limit, fix))
         if size is None:
+            fix = f"Trainer({flag}=10)"
             raise ConfigurationError(explain(f"{flag} as a number, since the loader has no length", limit, fix))
         return int(size * limit)
-    if limit < 0:
-        raise ConfigurationError(explain(f"{flag} of at least 0", limit, fix))
     return limit if size is None else min(size, limit)
 
 
@@ -111,8 +107,34 @@ def _is_loader(item: Any) -> bool:
     return isinstance(item, Iterable) and not isinstance(item, Tensor | tuple | dict | str)
 
 
-def empty_loader(name: str) -> ConfigurationError:
-    """Return the error for a loader without batches."""
+def find_loader(name: str, given: Any, *owners: Any) -> Any:
+    """Return the loader given, else what the first owner's method `name` returns, else None."""
+    if given is not None:
+        return given
+    for owner in owners:
+        loader = getattr(owner, name, lambda: None)()
+        if loader is not None:
+            return loader
+    return None
+
+
+def check_loader(loader: Any, name: str) -> Any:
+    """Return `loader` if it can be iterated over.
+
+    Raises:
+        ConfigurationError: if not.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        fix = "trainer.fit(model, DataLoader(dataset, batch_size=64))"
+        raise ConfigurationError(explain(f"an iterable of batches as {name} loader", f"{loader!r:.60}", fix))
+    return loader
+
+
+def empty_loader(name: str, limit: int | float | None = None) -> ConfigurationError:
+    """Return the error for a loader without batches, or with none left by `limit`."""
+    if limit is not None:
+        fix = "a larger fraction, or a number of batches"
+        return ConfigurationError(explain(f"a limit that leaves a {name} batch", f"{limit} of too few batches", fix))
     return ConfigurationError(
         explain(
             f"at least one batch from the {name} loader",

@@ -38,7 +38,11 @@ def evaluate(
     step = accept_arguments(getattr(module, f"{name}_step"), 3 if len(loaders) > 1 else 2)
     outputs: list[list[Any]] = []
     metric_stage: Any = "sanity" if sanity else stage if stage != "predict" else "idle"
-    with trainer.metrics.stage(metric_stage), _in_eval_mode(trainer, module):
+    with (
+        trainer.metrics.stage(metric_stage),
+        _in_eval_mode(trainer, module),
+        _stage(trainer, "sanity" if sanity else stage),
+    ):
         trainer.call(f"on_{name}_start")
         trainer.call(f"on_{name}_epoch_start")
         for index, loader in enumerate(loaders):
@@ -71,10 +75,11 @@ def _over_loader(
             output = step(batch, batch_idx, *place)
         trainer.backend.step_boundary()
         trainer.call(f"on_{name}_batch_end", output, batch, batch_idx, index)
+        trainer.metrics.flush_step(trainer.global_step, trainer.current_epoch)
         if name == "predict":
             outputs.append(output)
-    if batch_idx < 0 and count != 0:
-        raise empty_loader(name)
+    if batch_idx < 0 and limit != 0:
+        raise empty_loader(name, limit if size else None)
     return outputs
 
 
@@ -87,6 +92,15 @@ def _per_loader(results: dict[str, float], count: int) -> list[dict[str, float]]
         {k: v for k, v in results.items() if k.endswith(suffix) or not k.endswith(tuple(suffixes))}
         for suffix in suffixes
     ]
+
+
+@contextmanager
+def _stage(trainer: Trainer, stage: str) -> Iterator[None]:
+    outer, trainer.stage = trainer.stage, stage
+    try:
+        yield
+    finally:
+        trainer.stage = outer
 
 
 @contextmanager

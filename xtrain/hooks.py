@@ -41,6 +41,12 @@ class ModuleHooks(BatchHooks):
     def setup(self, stage: str) -> None:
         """Run on every process before the module moves to its device. `stage`: fit, validate, test, predict."""
 
+    def prepare_data(self) -> None:
+        """Download or write files; runs first, on rank 0 only."""
+
+    def configure_model(self) -> None:
+        """Make layers that were left out of ``__init__``; runs after `setup`. May run several times."""
+
     def teardown(self, stage: str) -> None:
         """Run on every process after a run, also after an exception."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from xtrain.contract import map_tensors
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.hooks import ModuleHooks
+from xtrain.hparams import HyperParameters, read_hyperparameters
 from xtrain.optimizer import GradientLife, LightningOptimizer
 
 if TYPE_CHECKING:
     from xtrain.trainer import Trainer
-
-
-class HyperParameters(dict[str, Any]):
-    """Saved arguments of ``__init__``, as a dict whose items are also attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError as error:
-            raise AttributeError(f"no hyperparameter {name!r}; saved are {sorted(self)}") from error
 
 
 class LightningModule(ModuleHooks, nn.Module):
@@ -49,6 +41,7 @@ class LightningModule(ModuleHooks, nn.Module):
         self._life: GradientLife | None = None
         self._optimizers: Any = None
         self._hparams = HyperParameters()
+        self._log_hparams = True
         self.automatic_optimization = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -207,7 +200,10 @@ class LightningModule(ModuleHooks, nn.Module):
                 )
             )
         finalized = life.before_backward(loss, bool(args) or "gradient" in kwargs)
-        life.backend.backward(loss, *args, **kwargs)
+        try:
+            life.backend.backward(loss, *args, **kwargs)
+        finally:
+            life.in_backward = False
         life.after_backward(finalized)
 
     def clip_gradients(
@@ -269,14 +265,11 @@ class LightningModule(ModuleHooks, nn.Module):
 
     def all_gather(self, data: Any) -> Any:
         """Return each tensor in `data` gathered from all ranks, shape ``(world_size, *shape)``."""
-        from xtrain.contract import map_tensors
-
         return map_tensors(self.trainer.backend.collectives.all_gather, data)
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *values: Any) -> None:
         """Print on rank 0 only, above the progress bar."""
-        if self.trainer.is_global_zero:
-            self.trainer.print(*args, **kwargs)
+        self.trainer.print(*values)
 
     # ---------------------------------------------------------------- hyperparameters
 
@@ -285,29 +278,18 @@ class LightningModule(ModuleHooks, nn.Module):
         """What `save_hyperparameters` kept."""
         return self._hparams
 
-    def save_hyperparameters(self, *names: str, ignore: tuple[str, ...] | list[str] | str = ()) -> None:
+    def save_hyperparameters(self, *names: Any, ignore: Iterable[str] | str | None = None, logger: bool = True) -> None:
         """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
 
         Args:
-            *names: which ones; none means all.
+            *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead.
             ignore: names to leave out.
+            logger: also send them to the loggers when a run starts.
         """
         frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is None or caller.f_locals.get("self") is not self:
-            raise ConfigurationError(explain("save_hyperparameters() to be called in __init__", "another caller"))
-        code = caller.f_code
-        count = code.co_argcount + code.co_kwonlyargcount
-        arguments = {n: caller.f_locals[n] for n in code.co_varnames[1:count] if n in caller.f_locals}
-        if code.co_flags & inspect.CO_VARKEYWORDS:
-            has_varargs = bool(code.co_flags & inspect.CO_VARARGS)
-            arguments.update(caller.f_locals[code.co_varnames[count + has_varargs]])
-        ignored = {ignore} if isinstance(ignore, str) else set(ignore)
-        missing = sorted(set(names) - set(arguments))
-        if missing:
-            raise ConfigurationError(explain(f"names out of {sorted(arguments)}", ", ".join(missing)))
-        chosen = names or tuple(arguments)
-        self._hparams.update({n: arguments[n] for n in chosen if n not in ignored})
+        values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
+        self._log_hparams = logger
+        self._hparams.update(values)
 
 
 def _undefined(module: LightningModule, name: str) -> ConfigurationError:

@@ -53,8 +53,13 @@ class GradientLife:
         self.stepped = False
         self.in_backward = False
         self.last_loss: Tensor | None = None
+        self._asynchronous = backend.capabilities.asynchronous
         self._nonfinite_loss = nonfinite_loss
         self._warned: set[str] = set()
+
+    def wrap(self, optimizers: Sequence[Optimizer]) -> None:
+        """Take in the user's `optimizers`."""
+        self.optimizers.extend(LightningOptimizer(optimizer, self) for optimizer in optimizers)
 
     def before_backward(self, loss: Tensor, has_gradient_argument: bool) -> list[tuple[LightningOptimizer, list[Any]]]:
         """Check `loss`; return the optimizers whose finalized gradients it must not reach."""
@@ -65,9 +70,10 @@ class GradientLife:
         if not loss.requires_grad:
             raise ConfigurationError(_LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
         if self._nonfinite_loss != "ignore" and loss.numel() == 1:
-            self.last_loss = loss.detach()
-            if not self.backend.capabilities.asynchronous:
-                self.check_finite(self.last_loss.item())
+            if self._asynchronous:
+                self.last_loss = loss.detach()
+            else:
+                self.check_finite(loss.item())
         for hook in self.hooks["on_before_backward"]:
             hook(loss)
         self.in_backward = True
@@ -79,7 +85,6 @@ class GradientLife:
         Raises:
             ProtocolError: if the backward reached gradients that were already finalized.
         """
-        self.in_backward = False
         for optimizer, versions in finalized:
             if optimizer.gradient_versions() != versions:
                 raise ProtocolError(_BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
@@ -103,10 +108,11 @@ class GradientLife:
         """Warn once, or raise `NonFiniteLossError`, if `loss` is NaN or infinite."""
         if math.isfinite(loss):
             return
-        text = f"The loss is {loss}. Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message."
         if self._nonfinite_loss == "stop":
-            raise NonFiniteLossError(text)
-        self.warn_once(text)
+            fix = "a smaller learning rate, self.clip_gradients(...), or Trainer(nonfinite_loss='warn') to go on"
+            raise NonFiniteLossError(explain("a finite loss", loss, fix))
+        fix = "Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message"
+        self.warn_once(explain("a finite loss", loss, fix))
 
     def warn_once(self, text: str) -> None:
         """Warn, but only the first time in this run."""
@@ -152,6 +158,7 @@ class LightningOptimizer:
         self.skipped_steps = 0
         self.sync_gradients = True
         self._stepping = False
+        self._zeros: list[Any] | None = None  # versions of the gradients that zero_grad filled with zeros
         self._life = life
         self._backend = life.backend
 
@@ -174,6 +181,7 @@ class LightningOptimizer:
         for hook in self._life.hooks["on_before_zero_grad"]:
             hook(self.optimizer)
         self._backend.zero_grad(self, set_to_none)
+        self._zeros = None if set_to_none else self.gradient_versions()
         self.phase = Phase.EMPTY
 
     def clip_gradients(self, value: float, algorithm: Literal["norm", "value"] = "norm") -> Tensor:
@@ -264,7 +272,8 @@ class LightningOptimizer:
 
     def _accept_unseen_gradients(self) -> None:
         """Let gradients pass that no ``manual_backward`` made, if nothing is lost by that here."""
-        if self.phase is Phase.STEPPED or not self._backend.has_gradients(self):
+        only_zeros = self._zeros is not None and self._zeros == self.gradient_versions()
+        if self.phase is Phase.STEPPED or only_zeros or not self._backend.has_gradients(self):
             raise ProtocolError(_NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
         lost = self._backend.unseen_gradient()
         text = _UNSEEN.format(optimizer=self, lost=lost or "loss scaling and averaging over processes elsewhere")
@@ -308,11 +317,6 @@ class LightningOptimizer:
         finally:
             self.sync_gradients = True
             self._life.toggles.pop(self)
-
-
-def wrap_optimizers(optimizers: Sequence[Optimizer], life: GradientLife) -> None:
-    """Wrap `optimizers` and hand them to `life`."""
-    life.optimizers.extend(LightningOptimizer(optimizer, life) for optimizer in optimizers)
 
 
 _LOSS = (

@@ -80,11 +80,18 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 
-_ALIASES = {"32": "32-true", "fp32": "32-true", "16": "16-mixed", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+_ALIASES = {
+    "None": "32-true",
+    "32": "32-true",
+    "fp32": "32-true",
+    "16": "16-mixed",
+    "fp16": "16-mixed",
+    "bf16": "bf16-mixed",
+}
 
 
-def resolve_precision(spelling: str | int) -> Precision:
-    """Return the policy for `spelling`; Lightning's ``32``, ``16`` and ``"bf16"`` are understood.
+def resolve_precision(spelling: str | int | None) -> Precision:
+    """Return the policy for `spelling`; Lightning's ``32``, ``16``, ``"bf16"`` and None are understood.
 
     Raises:
         ConfigurationError: for any other spelling.
@@ -139,19 +146,15 @@ class LossScaler(torch.amp.GradScaler):
         """The scale as a Python float, without asking the device."""
         return self._host_scale
 
-    def step_if_finite(self, optimizer: Optimizer) -> bool:
-        """Step `optimizer`, whose gradients were unscaled, unless one of them is NaN or infinite.
+    def may_step(self, optimizer: Optimizer) -> bool:
+        """Return whether the unscaled gradients of `optimizer` are finite, which it is to step on.
 
-        Returns:
-            Whether the step was applied. Reading the flag waits for the device, as
-            `GradScaler.step` does.
+        Reading the flag waits for the device, as `GradScaler.step` does.
         """
         found = self._per_optimizer_states.pop(id(optimizer))["found_inf_per_device"]
         overflowed = any(flag.item() for flag in found.values())
         self._stepped = True
         self._overflowed |= overflowed
-        if not overflowed:
-            optimizer.step()
         return not overflowed
 
     def forget(self, optimizer: Optimizer) -> None:

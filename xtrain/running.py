@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xtrain.callbacks.base import Callback
-from xtrain.configure import read_optimizers
+from xtrain.configure import check_monitors, read_optimizers
 from xtrain.data import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
 from xtrain.hooks import collect_hooks
 from xtrain.module import LightningModule
-from xtrain.optimizer import GradientLife, wrap_optimizers
+from xtrain.optimizer import GradientLife
 from xtrain.rules import Situation, check_rules
 
 if TYPE_CHECKING:
@@ -21,9 +21,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def running(
-    trainer: Trainer, stage: str, module: LightningModule, datamodule: LightningDataModule | None
+    trainer: Trainer,
+    stage: str,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    plan: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Set everything up for `stage` (fit, validate, test or predict), and clean up whatever happens.
+
+    Args:
+        trainer: whose run it is.
+        stage: as above.
+        module: the user's module.
+        datamodule: the user's DataModule, if any.
+        plan: finds the loaders; called between the ``setup`` hooks and ``configure_optimizers``.
 
     Raises:
         BackendUnavailableError: if the backend cannot run on this machine.
@@ -36,36 +47,62 @@ def running(
     if reason is not None:
         raise BackendUnavailableError(f"Backend '{backend.name}' cannot run here: {reason}.")
     backend.launch()
+    with ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
+        clean_up.callback(backend.teardown)
+        _attach(trainer, stage, module, datamodule)
+        clean_up.callback(_detach, trainer, module)
+        clean_up.callback(trainer.call, "teardown", stage)
+        if datamodule is not None:
+            clean_up.callback(datamodule.teardown, stage)
+        try:
+            _set_up(trainer, stage, module, datamodule, plan)
+            clean_up.callback(trainer.life.toggles.clear)
+            for guard in trainer.life.guard():
+                clean_up.callback(guard.remove)
+            yield
+        except BaseException as error:
+            for logger in trainer.metrics.loggers:
+                logger.finalize("failed")
+            trainer.call("on_exception", error)
+            raise
+        for logger in trainer.metrics.loggers:
+            logger.finalize("success")
+
+
+def _attach(trainer: Trainer, stage: str, module: LightningModule, datamodule: LightningDataModule | None) -> None:
     trainer.stage, trainer.datamodule, trainer.module = stage, datamodule, module
     trainer.should_stop = False
     trainer.hooks = collect_hooks(trainer, module, trainer.callbacks, Callback)
-    trainer.life = GradientLife(backend, trainer.hooks, trainer.nonfinite_loss)
+    trainer.life = GradientLife(trainer.backend, trainer.hooks, trainer.nonfinite_loss)
     trainer.metrics.loggers = trainer.loggers if trainer.is_global_zero else []
+    for logger in trainer.loggers:
+        logger.enabled = trainer.is_global_zero
     module.trainer, module._life = trainer, trainer.life
-    guards: list[Any] = []
-    try:
-        _set_up_data(trainer, stage, datamodule)
-        trainer.call("setup", stage)
-        backend.setup_module(module)
-        if stage == "fit":
-            _set_up_optimizers(trainer, module)
-            guards = trainer.life.guard()
-        trainer.transfer = make_transfer(backend, datamodule, module)
-        yield
-    except BaseException as error:
-        trainer.call("on_exception", error)
-        raise
-    finally:
-        for guard in guards:
-            guard.remove()
-        trainer.life.toggles.clear()
-        trainer.call("teardown", stage)
-        if datamodule is not None:
-            datamodule.teardown(stage)
-        for logger in trainer.loggers:
-            logger.save()
-        module._life, trainer.stage = None, None
-        backend.teardown()
+
+
+def _detach(trainer: Trainer, module: LightningModule) -> None:
+    module._life, trainer.stage = None, None
+
+
+def _set_up(
+    trainer: Trainer,
+    stage: str,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    plan: Callable[[], None],
+) -> None:
+    if trainer.is_global_zero:
+        module.prepare_data()
+    _set_up_data(trainer, stage, datamodule)
+    trainer.call("setup", stage)
+    module.configure_model()
+    for logger in trainer.metrics.loggers if module.hparams and module._log_hparams else ():
+        logger.log_hyperparams(module.hparams)
+    plan()
+    trainer.backend.setup_module(module)
+    if stage == "fit":
+        _set_up_optimizers(trainer, module)
+    trainer.transfer = make_transfer(trainer.backend, datamodule, module)
 
 
 def _set_up_data(trainer: Trainer, stage: str, datamodule: LightningDataModule | None) -> None:
@@ -80,6 +117,8 @@ def _set_up_data(trainer: Trainer, stage: str, datamodule: LightningDataModule |
 
 def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
     optimizers, trainer.lr_scheduler_configs = read_optimizers(module.configure_optimizers())
+    if module.automatic_optimization:
+        check_monitors(trainer.lr_scheduler_configs)
     check_rules(
         Situation(
             backend=trainer.backend,
@@ -93,7 +132,7 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
             devices=trainer.backend.devices,
         )
     )
-    wrap_optimizers(optimizers, trainer.life)
+    trainer.life.wrap(optimizers)
     wrapped = trainer.life.optimizers
     module._optimizers = wrapped[0] if len(wrapped) == 1 else wrapped
     trainer.backend.setup_optimizers(module, wrapped)

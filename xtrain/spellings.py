@@ -6,6 +6,7 @@ from typing import Any
 
 from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, explain
+from xtrain.registry import registered_backends
 
 ACCELERATORS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu", "xla": "tpu"}
 # Strategies that only say how processes start are None: the launcher decides that.
@@ -37,8 +38,9 @@ def read_backend(
         named = {f"strategy={strategy!r}": implied}
     if backend is not None:
         name = backend if isinstance(backend, str) else backend.name
+        places = registered_backends()  # aliases have the same place
         for spelling, other in named.items():
-            if other != name:
+            if other != name and places.get(other, other) != places.get(name, name):
                 raise ConfigurationError(
                     explain(f"backend and {spelling} to agree", f"backend={name!r}", f"Trainer(backend={other!r})")
                 )
@@ -58,6 +60,26 @@ def check_count(flag: str, value: Any, least: int) -> Any:
         return value
     fix = f"Trainer({flag}={max(least, 1)})"
     raise ConfigurationError(explain(f"{flag} as an int of at least {least}", repr(value), fix))
+
+
+def check_limit(flag: str, value: Any) -> Any:
+    """Return `value`, which is None, a number of batches, or a fraction in [0, 1]."""
+    if isinstance(value, float) and 0.0 <= value <= 1.0:
+        return value
+    if isinstance(value, float) or not (value is None or isinstance(value, int)):
+        fix = f"Trainer({flag}=10) or Trainer({flag}=0.5)"
+        raise ConfigurationError(explain(f"{flag} as a number of batches or a fraction in [0, 1]", repr(value), fix))
+    return check_count(flag, value, 0)
+
+
+def check_interval(value: Any, epochs: int | None) -> Any:
+    """Return ``val_check_interval``, which is None, at least one batch, or a fraction in (0, 1]."""
+    fix = "Trainer(val_check_interval=100) or Trainer(val_check_interval=0.25)"
+    if epochs is None and not isinstance(value, int):
+        raise ConfigurationError(explain("a number of batches with check_val_every_n_epoch=None", repr(value), fix))
+    if value is not None and check_limit("val_check_interval", value) <= 0:
+        raise ConfigurationError(explain("val_check_interval above 0", repr(value), fix))
+    return value
 
 
 def check_choice(flag: str, value: str | None, *choices: str) -> Any:

@@ -13,6 +13,7 @@ from xtrain.log import MetricLog
 from xtrain.loggers.base import Logger
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
+from xtrain.plan import FitPlan
 
 
 class TrainerState:
@@ -23,10 +24,9 @@ class TrainerState:
     global_step: int = 0  # training steps in which at least one optimizer stepped
     batch_idx: int = 0
     is_last_batch: bool = False
-    num_training_batches: int | float = float("inf")
+    _batches_seen: int = 0
     should_stop: bool = False
-    sanity_checking: bool = False
-    stage: str | None = None  # fit, validate, test or predict; None between runs
+    stage: str | None = None  # fit, validate, test, predict or sanity; None between runs
 
     # What it consists of.
     backend: Backend
@@ -41,7 +41,7 @@ class TrainerState:
     max_epochs: int | None
     max_steps: int
     accumulate_grad_batches: int
-    _steps_left: int | float = float("inf")
+    plan: FitPlan
 
     @property
     def lightning_module(self) -> LightningModule:
@@ -64,19 +64,24 @@ class TrainerState:
     testing = property(lambda self: self.stage == "test", doc="Whether `test` runs.")
     predicting = property(lambda self: self.stage == "predict", doc="Whether `predict` runs.")
 
+    sanity_checking = property(lambda self: self.stage == "sanity", doc="Whether the check before training runs.")
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """Training batches per epoch; infinity if the loader does not know."""
+        return float("inf") if self.plan.batches is None else self.plan.batches
+
     @property
     def estimated_stepping_batches(self) -> int | float:
         """Optimizer steps automatic optimization will take; infinity if that is not known."""
-        if self.max_epochs in (None, -1) or self.num_training_batches == float("inf"):
+        batches, epochs = self.plan.batches, self.plan.max_epochs
+        if epochs is None or batches is None:
             return self.max_steps if self.max_steps >= 0 else float("inf")
-        total = -(-int(self.num_training_batches) // self.accumulate_grad_batches) * int(self.max_epochs or 0)
+        total = -(-batches // self.accumulate_grad_batches) * epochs
         return total if self.max_steps < 0 else min(total, self.max_steps)
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *values: Any) -> None:
         """Print on rank 0, above the progress bar if there is one."""
         if self.is_global_zero:
-            for callback in self.callbacks:
-                if isinstance(callback, ProgressBar):
-                    callback.print(*args, **kwargs)
-                    return
-            print(*args, **kwargs)
+            bars = [c.print for c in self.callbacks if isinstance(c, ProgressBar)]
+            (bars[0] if bars else print)(" ".join(map(str, values)))

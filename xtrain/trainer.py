@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,18 @@ from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend, check_clip_value
-from xtrain.data import (
-    LightningDataModule,
-    as_loaders,
-    empty_loader,
-    limited,
-    make_transfer,
-    size_of,
-    with_last,
-)
+from xtrain.data import LightningDataModule, as_loaders, empty_loader, find_loader, make_transfer
 from xtrain.errors import ConfigurationError, explain
 from xtrain.evaluation import accept_arguments, evaluate
 from xtrain.log import MetricLog
 from xtrain.loggers import as_loggers
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
+from xtrain.plan import FitPlan, plan_fit
 from xtrain.precision import resolve_precision
 from xtrain.registry import make_backend
 from xtrain.running import running
-from xtrain.spellings import check_choice, check_count, read_backend
+from xtrain.spellings import check_choice, check_count, check_interval, check_limit, read_backend
 from xtrain.state import TrainerState
 
 
@@ -45,7 +37,7 @@ class Trainer(TrainerState):
         backend_options: keyword arguments of the backend, if it is given by name.
         precision: ``"32-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"bf16-true"`` or ``"16-true"``.
         scaler_kwargs: options of the loss scaler of ``16-mixed``, named as `torch.amp.GradScaler`'s.
-        devices: number of devices; None takes what the launcher started, or one.
+        devices: number of devices; None or "auto" takes what the launcher started, or one.
         accelerator: Lightning's spelling of the backend, understood for modules that move over.
         strategy: likewise.
         max_epochs: epochs to train; -1 is unlimited. Default: 1000, or unlimited if `max_steps` is given.
@@ -55,8 +47,8 @@ class Trainer(TrainerState):
         limit_test_batches: see there.
         limit_predict_batches: see there.
         fast_dev_run: run so many batches (True: 1) of everything, without loggers.
-        num_sanity_val_steps: validation batches before training.
-        check_val_every_n_epoch: epochs between validations.
+        num_sanity_val_steps: validation batches before training; -1 is all of them.
+        check_val_every_n_epoch: epochs between validations; None counts `val_check_interval` across epochs.
         val_check_interval: training batches (or fraction of an epoch) between validations.
         accumulate_grad_batches: batches per step of automatic optimization.
         gradient_clip_val: clips in automatic optimization.
@@ -79,9 +71,9 @@ class Trainer(TrainerState):
         backend: str | Backend | None = None,
         *,
         backend_options: Mapping[str, Any] | None = None,
-        precision: str | int = "32-true",
+        precision: str | int | None = "32-true",
         scaler_kwargs: dict[str, Any] | None = None,
-        devices: int | None = None,
+        devices: int | str | None = None,
         accelerator: str | None = None,
         strategy: str | None = None,
         max_epochs: int | None = None,
@@ -92,7 +84,7 @@ class Trainer(TrainerState):
         limit_predict_batches: int | float | None = None,
         fast_dev_run: bool | int = False,
         num_sanity_val_steps: int = 2,
-        check_val_every_n_epoch: int = 1,
+        check_val_every_n_epoch: int | None = 1,
         val_check_interval: int | float | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -109,17 +101,17 @@ class Trainer(TrainerState):
         self.backend = make_backend(chosen, {**implied, **(backend_options or {})} or None)
         self.backend.precision = self.precision = resolve_precision(precision)
         self.backend.scaler_kwargs = scaler_kwargs
-        self.backend.devices = check_count("devices", devices, 1)
+        self.backend.devices = None if devices == "auto" else check_count("devices", devices, 1)
         quick = check_count("fast_dev_run", int(fast_dev_run), 0)
         self.max_epochs = 1 if quick else check_count("max_epochs", max_epochs, -1)
         self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
-        self.limit_train_batches = quick or limit_train_batches
-        self.limit_val_batches = quick or limit_val_batches
-        self.limit_test_batches = quick or limit_test_batches
-        self.limit_predict_batches = quick or limit_predict_batches
-        self.num_sanity_val_steps = 0 if quick else check_count("num_sanity_val_steps", num_sanity_val_steps, 0)
+        self.limit_train_batches = quick or check_limit("limit_train_batches", limit_train_batches)
+        self.limit_val_batches = quick or check_limit("limit_val_batches", limit_val_batches)
+        self.limit_test_batches = quick or check_limit("limit_test_batches", limit_test_batches)
+        self.limit_predict_batches = quick or check_limit("limit_predict_batches", limit_predict_batches)
+        self.num_sanity_val_steps = 0 if quick else check_count("num_sanity_val_steps", num_sanity_val_steps, -1)
         self.check_val_every_n_epoch = check_count("check_val_every_n_epoch", check_val_every_n_epoch, 1)
-        self.val_check_interval = val_check_interval
+        self.val_check_interval = check_interval(val_check_interval, check_val_every_n_epoch)
         self.accumulate_grad_batches = check_count("accumulate_grad_batches", accumulate_grad_batches, 1)
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
@@ -133,6 +125,7 @@ class Trainer(TrainerState):
         self.life = GradientLife(self.backend, {})
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
         self.hooks: dict[str, list[Any]] = {}
+        self.plan = FitPlan()
 
     # ---------------------------------------------------------------- what users call
 
@@ -161,66 +154,74 @@ class Trainer(TrainerState):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        with running(self, "fit", model, datamodule):
-            train_loader = self._loader("train_dataloader", train_dataloaders)
-            val_loaders = as_loaders(self._loader("val_dataloader", val_dataloaders))
-            self._train(train_loader, val_loaders, check_count("steps", steps, 1))
+        check_count("steps", steps, 1)
+
+        def plan() -> None:
+            self.plan = plan_fit(self, train_dataloaders, val_dataloaders, steps)
+
+        with running(self, "fit", model, datamodule, plan):
+            self._train()
 
     def validate(
-        self, model: LightningModule, dataloaders: Any = None, datamodule: Any = None
+        self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
         """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader."""
         return self._evaluate("validate", "val_dataloader", model, dataloaders, datamodule)
 
-    def test(self, model: LightningModule, dataloaders: Any = None, datamodule: Any = None) -> list[dict[str, float]]:
+    def test(
+        self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
+    ) -> list[dict[str, float]]:
         """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader."""
         return self._evaluate("test", "test_dataloader", model, dataloaders, datamodule)
 
-    def predict(self, model: LightningModule, dataloaders: Any = None, datamodule: Any = None) -> list[Any]:
+    def predict(
+        self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
+    ) -> list[Any]:
         """Return what ``predict_step`` returned per batch (a list of lists for several loaders)."""
         return self._evaluate("predict", "predict_dataloader", model, dataloaders, datamodule)
 
-    def _evaluate(self, stage: str, source: str, model: LightningModule, loaders: Any, datamodule: Any) -> list[Any]:
+    def _evaluate(
+        self, stage: str, source: str, model: LightningModule | None, loaders: Any, datamodule: Any
+    ) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
-        with running(self, stage, model, datamodule):
-            found = as_loaders(self._loader(source, loaders))
+        with running(self, stage, self.lightning_module if model is None else model, datamodule):
+            found = as_loaders(find_loader(source, loaders, datamodule, self.module))
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
             return evaluate(self, stage, found, getattr(self, _LIMITS[stage]))
 
     # ---------------------------------------------------------------- the loop
 
-    def _train(self, loader: Any, val_loaders: list[Any], steps: int | None) -> None:
-        module = self.lightning_module
+    def _train(self) -> None:
+        module, plan = self.lightning_module, self.plan
         training_step = accept_arguments(module.training_step, 2)
-        run_step = training_step
         automatic = AutomaticStep(self, module, training_step) if module.automatic_optimization else None
-        if automatic is not None:
-            run_step = automatic
-        max_epochs = self._plan(loader, steps)
         self.call("on_fit_start")
-        if val_loaders and self.num_sanity_val_steps:
-            self._sanity_check(val_loaders)
-        self.call("on_train_start")
-        while not self._finished() and self.current_epoch != max_epochs:
-            with self.metrics.stage("train"):
-                self._train_epoch(run_step, loader, val_loaders)
+        if plan.val_loaders and plan.sanity_batches != 0:
+            self.call("on_sanity_check_start")
+            evaluate(self, "validate", plan.val_loaders, plan.sanity_batches, sanity=True)
+            self.call("on_sanity_check_end")
+        with self.metrics.stage("train"):
+            self.call("on_train_start")
+            while not self._finished() and not (plan.max_epochs is not None and self.current_epoch >= plan.max_epochs):
+                self._train_epoch(automatic or training_step)
                 self.metrics.reduce_epoch()
                 self.call("on_train_epoch_end")
                 self.metrics.send_epoch(self.global_step, self.current_epoch)
-            if automatic is not None:
-                automatic.step_schedulers("epoch", self.current_epoch + 1)
-            self.current_epoch += 1
+                if automatic is not None:
+                    automatic.step_schedulers("epoch", self.current_epoch + 1)
+                self.current_epoch += 1
+            self._look_at(self.metrics.flush(self.global_step, self.current_epoch))
         self.call("on_train_end")
         self.call("on_fit_end")
 
-    def _train_epoch(self, run_step: Any, loader: Any, val_loaders: list[Any]) -> None:
-        backend, metrics, life = self.backend, self.metrics, self.life
+    def _train_epoch(self, training_step: Callable[[Any, int], Any]) -> None:
+        backend, metrics, life, plan = self.backend, self.metrics, self.life, self.plan
         at_start, at_end = self.hooks["on_train_batch_start"], self.hooks["on_train_batch_end"]
         self.call("on_train_epoch_start")
         self.batch_idx = -1
-        for index, (batch, last) in enumerate(self._batches(loader)):
+        for index, (batch, last) in enumerate(plan.epoch()):
             self.batch_idx, self.is_last_batch = index, last
             batch = self.transfer(batch, 0)
             metrics.set_batch(batch)
@@ -228,7 +229,7 @@ class Trainer(TrainerState):
                 break
             metrics.hook("training_step")
             with backend.forward_context():
-                outputs = run_step(batch, index)
+                outputs = training_step(batch, index)
             backend.step_boundary()
             if life.stepped:
                 self.global_step += 1
@@ -236,77 +237,38 @@ class Trainer(TrainerState):
             if at_end:
                 self.call("on_train_batch_end", outputs, batch, index)
             self._read_metrics()
-            if val_loaders and self._validation_due(index):
-                evaluate(self, "validate", val_loaders, self.limit_val_batches)
-            self._steps_left -= 1
+            self._batches_seen += 1
+            if plan.val_loaders and self._validation_due():
+                evaluate(self, "validate", plan.val_loaders, self.limit_val_batches)
+            plan.steps_left -= 1
             if self._finished():
                 break
-        if self.batch_idx < 0 and self.num_training_batches != 0:
+        if self.batch_idx < 0:
             raise empty_loader("training")
 
     def _finished(self) -> bool:
-        return self.should_stop or self.global_step == self.max_steps or self._steps_left == 0
+        plan = self.plan
+        done = plan.steps_left <= 0 or 0 <= self.max_steps <= self.global_step
+        return done or self.should_stop or plan.batches == 0
 
     def _read_metrics(self) -> None:
         """Let metrics be read at log points, and look at the loss if that would have cost a wait before."""
-        loss = self.life.last_loss
-        if loss is not None and self.backend.capabilities.asynchronous:
-            self.metrics.checks["loss"] = loss
-        checks = self.metrics.flush_step(self.global_step, self.current_epoch)
+        if self.life.last_loss is not None:
+            self.metrics.checks["loss"] = self.life.last_loss
+        self._look_at(self.metrics.flush_step(self.global_step, self.current_epoch))
+
+    def _look_at(self, checks: dict[str, float]) -> None:
         if "loss" in checks:
             self.life.check_finite(checks["loss"])
 
-    def _sanity_check(self, val_loaders: list[Any]) -> None:
-        self.sanity_checking = True
-        self.call("on_sanity_check_start")
-        evaluate(self, "validate", val_loaders, self.num_sanity_val_steps, sanity=True)
-        self.call("on_sanity_check_end")
-        self.sanity_checking = False
-
-    # ---------------------------------------------------------------- how long, and from what
-
-    def _plan(self, loader: Any, steps: int | None) -> int | None:
-        """Set `num_training_batches`; return the epoch to stop at, None for unlimited."""
-        if loader is None and steps is None and self.max_steps < 0:
-            fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
-            raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
-        size = limited(None if loader is None else size_of(loader), self.limit_train_batches, "limit_train_batches")
-        if size == 0 and self.limit_train_batches != 0:
-            raise empty_loader("training")
-        if loader is None:
-            size = steps
-        self._steps_left = float("inf") if steps is None else steps
-        self.num_training_batches = float("inf") if size is None else size
-        if self.max_epochs is not None:
-            return None if self.max_epochs == -1 else self.max_epochs
-        return 1000 if self.max_steps < 0 and steps is None else None
-
-    def _batches(self, loader: Any) -> Iterator[tuple[Any, bool]]:
-        """Yield ``(batch, is_last)`` for one epoch; a batch is None without a loader."""
-        source = itertools.repeat(None) if loader is None else loader
-        count = min(self.num_training_batches, self._steps_left)
-        sized = loader is None or size_of(loader) is not None
-        return with_last(source, None if count == float("inf") else int(count), sized)
-
-    def _loader(self, name: str, given: Any) -> Any:
-        """Return the loader given, else the DataModule's, else the module's own."""
-        if given is not None:
-            return given
-        for owner in (self.datamodule, self.module):
-            if owner is not None and (loader := getattr(owner, name, lambda: None)()) is not None:
-                return loader
-        return None
-
-    def _validation_due(self, index: int) -> bool:
-        """Return whether validation follows the training batch `index`."""
-        if (self.current_epoch + 1) % self.check_val_every_n_epoch:
+    def _validation_due(self) -> bool:
+        """Return whether validation follows the training batch that just ended."""
+        every, epochs = self.plan.val_every, self.check_val_every_n_epoch
+        if epochs is None:  # batches are counted across epochs
+            return self._batches_seen % (every or 1) == 0
+        if (self.current_epoch + 1) % epochs:
             return False
-        every = self.val_check_interval
-        if every is None:
-            return self.is_last_batch
-        if isinstance(every, float):
-            every = max(1, int(every * self.num_training_batches))
-        return (index + 1) % every == 0
+        return self.is_last_batch if every is None else (self.batch_idx + 1) % every == 0
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
         """Call the overridden hooks `name`: callbacks first, then the module."""
@@ -317,7 +279,7 @@ class Trainer(TrainerState):
         return [hook(*arguments) for hook in hooks]
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> Tensor:
-        return self.backend.collectives.all_reduce(tensor, op)
+        return self.backend.collectives.all_reduce(tensor.to(self.backend.device), op)
 
 
 _LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}

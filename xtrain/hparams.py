@@ -1,0 +1,61 @@
+"""``self.save_hyperparameters()``: the arguments of an ``__init__``, kept and logged."""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+from xtrain.errors import ConfigurationError, explain
+
+
+class HyperParameters(dict[str, Any]):
+    """Saved arguments, as a dict whose items are also attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"no hyperparameter {name!r}; saved are {sorted(self)}") from error
+
+
+def read_hyperparameters(
+    chosen: tuple[Any, ...], ignore: Iterable[str] | str | None, owner: Any, frame: FrameType | None
+) -> dict[str, Any]:
+    """Return the hyperparameters that a call of ``save_hyperparameters`` means.
+
+    Args:
+        chosen: names of arguments, or one dict or `argparse.Namespace`; empty means all arguments.
+        ignore: names to leave out.
+        owner: the module.
+        frame: the frame of the caller, an ``__init__``.
+
+    Raises:
+        ConfigurationError: for a name that is no argument, or another caller.
+    """
+    ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
+    if len(chosen) == 1 and isinstance(chosen[0], Mapping | Namespace):
+        values = dict(chosen[0]) if isinstance(chosen[0], Mapping) else vars(chosen[0])
+        return {name: value for name, value in values.items() if name not in ignored}
+    arguments = _arguments(owner, frame)
+    missing = sorted(str(name) for name in chosen if name not in arguments)
+    if missing:
+        fix = "self.save_hyperparameters('lr', 'hidden') or self.save_hyperparameters({'lr': lr})"
+        raise ConfigurationError(explain(f"names out of {sorted(arguments)}", ", ".join(missing), fix))
+    return {name: arguments[name] for name in (chosen or arguments) if name not in ignored}
+
+
+def _arguments(owner: Any, frame: FrameType | None) -> dict[str, Any]:
+    """Return the arguments of the ``__init__`` that runs in `frame`."""
+    code = frame.f_code if frame is not None else None
+    if frame is None or code is None or not code.co_varnames or frame.f_locals.get(code.co_varnames[0]) is not owner:
+        fix = "def __init__(self, lr): super().__init__(); self.save_hyperparameters()"
+        raise ConfigurationError(explain("save_hyperparameters() to be called in __init__", "another caller", fix))
+    count = code.co_argcount + code.co_kwonlyargcount
+    arguments = {name: frame.f_locals[name] for name in code.co_varnames[1:count] if name in frame.f_locals}
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        has_varargs = bool(code.co_flags & inspect.CO_VARARGS)
+        arguments.update(frame.f_locals[code.co_varnames[count + has_varargs]])
+    return arguments

@@ -1,0 +1,108 @@
+"""How long a fit goes on and what it reads, worked out before the first batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from xtrain.data import as_loaders, check_loader, empty_loader, find_loader, limited, size_of, with_last
+from xtrain.errors import ConfigurationError, explain
+
+if TYPE_CHECKING:
+    from xtrain.trainer import Trainer
+
+
+@dataclass
+class FitPlan:
+    """The loaders of a fit and its ends.
+
+    Attributes:
+        loader: training batches; None stands for batches that are None.
+        val_loaders: validation batches.
+        batches: training batches per epoch; None if the loader does not know.
+        max_epochs: where to stop; None is unlimited.
+        steps_left: training steps this call may still make.
+        val_every: training batches between validations; None validates after the last batch of an epoch.
+        sanity_batches: validation batches per loader before training.
+    """
+
+    loader: Any = None
+    val_loaders: list[Any] = field(default_factory=list)
+    batches: int | None = None
+    max_epochs: int | None = None
+    steps_left: float = math.inf
+    val_every: int | None = None
+    sanity_batches: int | None = 0
+
+    def epoch(self) -> Iterator[tuple[Any, bool]]:
+        """Yield ``(batch, is_last)`` for one epoch."""
+        source = itertools.repeat(None) if self.loader is None else self.loader
+        count = self.steps_left if self.batches is None else min(self.batches, self.steps_left)
+        sized = self.loader is None or size_of(self.loader) is not None
+        return with_last(source, None if count == math.inf else int(count), sized)
+
+
+def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPlan:
+    """Find the loaders and check the limits of `trainer` against them.
+
+    Args:
+        trainer: gives limits, DataModule and module.
+        train: what ``fit`` was given as training loader.
+        val: what it was given as validation loaders.
+        steps: what it was given as number of training steps.
+
+    Raises:
+        ConfigurationError: for an empty loader, a limit that does not fit it, or no end in sight.
+    """
+    loader = find_loader("train_dataloader", train, trainer.datamodule, trainer.module)
+    if loader is None and steps is None and trainer.max_steps < 0 and trainer.limit_train_batches is None:
+        fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
+        raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
+    size = steps if loader is None else size_of(check_loader(loader, "training"))
+    batches = limited(size, trainer.limit_train_batches, "limit_train_batches")
+    if size == 0 or (batches == 0 and trainer.limit_train_batches != 0):
+        raise empty_loader("training", trainer.limit_train_batches)
+    max_epochs: int | None = trainer.max_epochs
+    if max_epochs is None and trainer.max_steps < 0 and steps is None:
+        max_epochs = 1000
+    val_loaders = _validation_loaders(trainer, val)
+    sanity = limited(None, trainer.num_sanity_val_steps, "num_sanity_val_steps")
+    if isinstance(trainer.limit_val_batches, int) and sanity is not None:
+        sanity = min(sanity, trainer.limit_val_batches)
+    return FitPlan(
+        loader=loader,
+        val_loaders=val_loaders,
+        batches=batches,
+        max_epochs=None if max_epochs == -1 else max_epochs,
+        steps_left=math.inf if steps is None else steps,
+        val_every=_validation_interval(trainer, batches) if val_loaders else None,
+        sanity_batches=trainer.limit_val_batches if trainer.num_sanity_val_steps == -1 else sanity,
+    )
+
+
+def _validation_loaders(trainer: Trainer, val: Any) -> list[Any]:
+    if trainer.limit_val_batches == 0:
+        return []
+    found = as_loaders(find_loader("val_dataloader", val, trainer.datamodule, trainer.module))
+    for loader in found:
+        if size_of(check_loader(loader, "validation")) == 0:
+            raise empty_loader("validation")
+    return found
+
+
+def _validation_interval(trainer: Trainer, batches: int | None) -> int | None:
+    every: int | float | None = trainer.val_check_interval
+    if every is None or (isinstance(every, float) and every == 1.0):
+        return None
+    fix = "Trainer(val_check_interval=100) or Trainer(val_check_interval=0.25)"
+    if isinstance(every, float):
+        if batches is None:
+            raise ConfigurationError(explain("a number of batches, since the loader has no length", every, fix))
+        return max(1, int(every * batches))
+    if batches is not None and every > batches and trainer.check_val_every_n_epoch is not None:
+        expected = f"val_check_interval of at most the {batches} batches of an epoch"
+        raise ConfigurationError(explain(expected, every, "Trainer(check_val_every_n_epoch=None) counts across epochs"))
+    return every
