@@ -1,0 +1,183 @@
+"""Wrong orders in the life of a gradient, and wrong arguments of its verbs: refused, in the user's words."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from small import SCALED, Automatic, Doing, assert_equal, loader, net, refused, says, trained
+from torch import nn
+
+from xtrain import ConfigurationError, ProtocolError
+
+# ---------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, -math.inf, "1", True, torch.tensor(1.0), None])
+def test_clip_value_that_means_nothing(value):
+    def body(module, opt, batch):
+        module.manual_backward(module.loss(batch))
+        module.clip_gradients(opt, gradient_clip_val=value)
+
+    refused(ConfigurationError, body, "gradient_clip_val", "self.clip_gradients(opt, gradient_clip_val=1.0)")
+
+
+@pytest.mark.parametrize("algorithm", ["l2", "Norm", 2])
+def test_clip_algorithm_unknown(algorithm):
+    def body(module, opt, batch):
+        module.manual_backward(module.loss(batch))
+        module.clip_gradients(opt, gradient_clip_val=1.0, gradient_clip_algorithm=algorithm)
+
+    refused(ConfigurationError, body, "'norm' or 'value'", repr(algorithm), "gradient_clip_algorithm='norm'")
+
+
+def test_clip_a_stranger():
+    def body(module, opt, batch):
+        module.clip_gradients(torch.optim.Adam(net().parameters()), 1.0)
+
+    refused(ConfigurationError, body, "returned by configure_optimizers", "Adam", "self.optimizers()")
+
+
+# ---------------------------------------------------------------- orders
+
+
+def clip_after_step(module, opt, batch):
+    module.manual_backward(module.loss(batch))
+    opt.step()
+    module.clip_gradients(opt, 1.0)
+
+
+def backward_after_clip(module, opt, batch):
+    module.manual_backward(module.loss(batch))
+    module.clip_gradients(opt, 1.0)
+    module.manual_backward(module.loss(batch))
+
+
+def step_without_backward(module, opt, batch):
+    opt.zero_grad()
+    opt.step()
+
+
+def step_with_zeros(module, opt, batch):
+    module.manual_backward(module.loss(batch))
+    opt.zero_grad(set_to_none=False)
+    opt.step()
+
+
+def step_twice(module, opt, batch):
+    module.manual_backward(module.loss(batch))
+    opt.step()
+    opt.step()
+
+
+def clip_without_backward(module, opt, batch):
+    opt.zero_grad()
+    module.clip_gradients(opt, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (clip_after_step, ("clip_gradients before step", "already stepped")),
+        (backward_after_clip, ("before its gradients are clipped", "added to clipped gradients")),
+        (step_without_backward, ("before clipping or stepping", "none (its gradients are zeroed)")),
+        (step_with_zeros, ("before clipping or stepping", "none (its gradients are zeroed)")),
+        (step_twice, ("before clipping or stepping", "none (its gradients are consumed by a step)")),
+        (clip_without_backward, ("before clipping or stepping", "none (its gradients are zeroed)")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("options", [{}, SCALED], ids=["32-true", "16-mixed"])
+def test_wrong_order(body, parts, options):
+    refused(ProtocolError, body, "optimizer 0 (SGD)", "self.manual_backward(", *parts, **options)
+
+
+def test_manual_backward_in_automatic_optimization():
+    class Mixed(Automatic):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            return loss
+
+    with pytest.raises(ProtocolError) as caught:
+        trained(module=Mixed())
+    says(caught.value, "manual_backward() in manual optimization only", "self.automatic_optimization = False")
+
+
+def raw_step(module, opt, batch):
+    module.manual_backward(module.loss(batch))
+    opt.optimizer.step()
+
+
+def direct_backward(module, opt, batch):
+    module.loss(batch).backward()
+    opt.step()
+
+
+def direct_backward_and_raw_step(module, opt, batch):
+    module.loss(batch).backward()
+    opt.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (raw_step, ("a step of the raw optimizer 0 (SGD)", "the loss scale", "opt = self.optimizers(); opt.step()")),
+        (direct_backward, ("loss.backward()?", "the loss scale", "self.manual_backward(loss)")),
+        (direct_backward_and_raw_step, ("the loss scale",)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bypass_under_a_loss_scaler(body, parts):
+    refused(ProtocolError, body, *parts, **SCALED)
+
+
+def test_direct_backward_is_still_refused_after_a_backward_that_failed():
+    def body(module, opt, batch):
+        loss = module.loss(batch)
+        module.manual_backward(loss)
+        with pytest.raises(RuntimeError, match="second time"):
+            module.manual_backward(loss)
+        module.loss(batch).backward()
+
+    refused(ProtocolError, body, "the loss scale", **SCALED)
+
+
+def test_bypass_that_loses_nothing_trains_right_and_warns_once_at_most():
+    reference = net()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for batch in loader():
+        optimizer.zero_grad()
+        reference(batch).pow(2).mean().backward()
+        optimizer.step()
+
+    def direct(module, opt, batch):
+        opt.zero_grad()
+        direct_backward(module, opt, batch)
+
+    def raw(module, opt, batch):
+        opt.zero_grad()
+        raw_step(module, opt, batch)
+
+    for body, warned in ((direct, 1), (raw, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module, _ = trained(module=Doing(body))
+        assert len(caught) == warned
+        assert_equal(module.net, reference)
+
+
+def test_step_before_the_other_backward_keeps_torchs_error():
+    """A parameter changed in place between a forward and its backward: the order is the user's to fix."""
+
+    def body(module, opt, batch):
+        hidden = nn.functional.linear(module.net(batch), module.net.weight.t()).pow(2)
+        first, second = hidden.mean(), hidden.sum()
+        module.manual_backward(first, retain_graph=True)
+        opt.step()
+        module.manual_backward(second)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trained(module=Doing(body))
