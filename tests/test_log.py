@@ -669,8 +669,9 @@ def test_a_training_reads_at_log_points_and_epoch_ends_only(monkeypatch):
     read = Backend.read_scalars
     monkeypatch.setattr(Backend, "read_scalars", lambda self, values: sizes.append(len(values)) or read(self, values))
     trainer, _, _ = fit(log_every_n_steps=2, num_sanity_val_steps=0)
-    first = [3, 4, 1, 2]  # step 2: norm and 2 losses; validation: accuracy and 3 losses; its end: error; step 3: both
-    second = [2, 3, 4, 1]  # step 4; steps 5 and 6; validation and its end; nothing is left for the end of training
+    # step 2: norm and 2 losses; validation: 2 losses at its log point, accuracy and a loss at its end, error; step 3
+    first = [3, 2, 2, 1, 2]
+    second = [2, 3, 2, 2, 1]  # step 4; steps 5 and 6; validation as before; nothing is left for the end of training
     assert sizes == first + second
     assert [step for step, row in trainer.logger.rows if "norm" in row] == [2, 3, 4, 6]
 

@@ -94,9 +94,9 @@ def as_loaders(loaders: Any) -> list[Any]:
     Args:
         loaders: None, one iterable of batches (a plain list of batches too), or a list of iterables.
     """
-    if loaders is None:
+    if loaders is None or (isinstance(loaders, list | tuple) and not loaders):
         return []
-    several = isinstance(loaders, list | tuple) and len(loaders) > 0 and all(map(_is_loader, loaders))
+    several = isinstance(loaders, list | tuple) and all(map(_is_loader, loaders))
     return list(loaders) if several else [loaders]
 
 

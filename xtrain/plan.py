@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xtrain.data import as_loaders, check_loader, empty_loader, find_loader, limited, size_of, with_last
 from xtrain.errors import ConfigurationError, explain
+from xtrain.hooks import is_overridden
+from xtrain.module import LightningModule
 
 if TYPE_CHECKING:
     from xtrain.trainer import Trainer
@@ -87,6 +90,9 @@ def _validation_loaders(trainer: Trainer, val: Any) -> list[Any]:
     if trainer.limit_val_batches == 0:
         return []
     found = as_loaders(find_loader("val_dataloader", val, trainer.datamodule, trainer.module))
+    if found and not is_overridden("validation_step", trainer.module, LightningModule):
+        warnings.warn("There are validation loaders, but no validation_step: nothing is validated.", stacklevel=2)
+        return []
     for loader in found:
         if size_of(check_loader(loader, "validation")) == 0:
             raise empty_loader("validation")
