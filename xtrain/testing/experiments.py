@@ -146,6 +146,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "automatic-accumulate",
         mm.Automatic,
+        partial(om.automatic, every=2),
+        batches=5,
+        epochs=2,
+        trainer={"accumulate_grad_batches": 2},
+    ),
+    Experiment(
+        "automatic-accumulate-clip",
+        mm.Automatic,
         partial(om.automatic, every=2, algorithm="norm"),
         batches=5,
         epochs=2,
