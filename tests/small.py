@@ -85,6 +85,20 @@ def trained(
     return module, run
 
 
+def plain(update: Any, epochs: int = 1, batches: int = 4, optimizer: Any = None) -> nn.Linear:
+    """Run ``update(layer, optimizer, batch, index)`` over the batches of `loader`, as anyone would by hand."""
+    layer = net()
+    optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)))(layer.parameters())
+    for _ in range(epochs):
+        for index, batch in enumerate(loader(batches)):
+            update(layer, optimizer, batch, index)
+    return layer
+
+
+def square(layer: nn.Module, batch: Tensor) -> Tensor:
+    return layer(batch).pow(2).mean()
+
+
 def says(error: BaseException, *parts: str) -> None:
     """Check that a message tells what was expected, what came and the corrected line, and contains `parts`."""
     text = str(error)
