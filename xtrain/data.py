@@ -130,11 +130,14 @@ def check_loader(loader: Any, name: str) -> Any:
     return loader
 
 
-def empty_loader(name: str, limit: int | float | None = None) -> ConfigurationError:
-    """Return the error for a loader without batches, or with none left by `limit`."""
-    if limit is not None:
-        fix = "a larger fraction, or a number of batches"
-        return ConfigurationError(explain(f"a limit that leaves a {name} batch", f"{limit} of too few batches", fix))
+def nothing_left(flag: str, limit: int | float | None, size: int) -> ConfigurationError:
+    """Return the error for a limit that leaves none of `size` batches."""
+    received = f"{flag}={limit} of {size} batches"
+    return ConfigurationError(explain("a limit that leaves a batch", received, f"Trainer({flag}=1)"))
+
+
+def empty_loader(name: str) -> ConfigurationError:
+    """Return the error for a loader without batches."""
     return ConfigurationError(
         explain(
             f"at least one batch from the {name} loader",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xtrain.data import empty_loader, limited, size_of, with_last
+from xtrain.data import empty_loader, limited, nothing_left, size_of, with_last
 from xtrain.module import LightningModule
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ def _over_loader(
     trainer: Trainer, name: str, step: Any, loader: Any, index: int, several: bool, limit: int | float | None
 ) -> list[Any]:
     size = size_of(loader)
-    count = limited(size, limit, f"limit_{'val' if name == 'validation' else name}_batches")
+    flag = f"limit_{'val' if name == 'validation' else name}_batches"
+    count = limited(size, limit, flag)
+    if size and count == 0 and limit != 0:
+        raise nothing_left(flag, limit, size)
     outputs: list[Any] = []
     place = (index,) if several else ()
     batch_idx = -1
@@ -79,7 +82,7 @@ def _over_loader(
         if name == "predict":
             outputs.append(output)
     if batch_idx < 0 and limit != 0:
-        raise empty_loader(name, limit if size else None)
+        raise empty_loader(name)
     return outputs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from xtrain.data import as_loaders, check_loader, empty_loader, find_loader, limited, size_of, with_last
+from xtrain.data import as_loaders, check_loader, empty_loader, find_loader, limited, nothing_left, size_of, with_last
 from xtrain.errors import ConfigurationError, explain
 from xtrain.hooks import is_overridden
 from xtrain.module import LightningModule
@@ -66,8 +66,10 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
         raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
     size = steps if loader is None else size_of(check_loader(loader, "training"))
     batches = limited(size, trainer.limit_train_batches, "limit_train_batches")
-    if size == 0 or (batches == 0 and trainer.limit_train_batches != 0):
-        raise empty_loader("training", trainer.limit_train_batches)
+    if size == 0:
+        raise empty_loader("training")
+    if size and batches == 0 and trainer.limit_train_batches != 0:
+        raise nothing_left("limit_train_batches", trainer.limit_train_batches, size)
     max_epochs: int | None = trainer.max_epochs
     if max_epochs is None and trainer.max_steps < 0 and steps is None:
         max_epochs = 1000

@@ -115,7 +115,7 @@ class Trainer(TrainerState):
         self.accumulate_grad_batches = check_count("accumulate_grad_batches", accumulate_grad_batches, 1)
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
-        self.nonfinite_loss = check_choice("nonfinite_loss", nonfinite_loss, "warn", "stop", "ignore")
+        self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
         self.inference_mode = inference_mode
         self.default_root_dir = os.fspath(default_root_dir or Path.cwd())
         self.loggers = [] if quick else as_loggers(logger, self.default_root_dir)
@@ -286,7 +286,7 @@ _LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predi
 
 
 def _with_progress_bar(callbacks: Any, enabled: bool) -> list[Callback]:
-    given = [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     for callback in given:
         if not isinstance(callback, Callback):
             fix = "class MyCallback(xtrain.Callback): ..."
