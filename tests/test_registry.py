@@ -69,11 +69,6 @@ def third_party(tmp_path, monkeypatch):
     return install
 
 
-@pytest.fixture
-def clean_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
-
-
 # ---------------------------------------------------------------- names
 
 
@@ -148,7 +143,6 @@ def test_built_in_backend_with_a_missing_dependency_names_the_extra(tmp_path, mo
 # ---------------------------------------------------------------- registration in code
 
 
-@pytest.mark.usefixtures("clean_registry")
 def test_registered_class_is_found_and_made():
     cls = register_backend(complete())
     assert get_backend_class("complete") is cls
@@ -157,7 +151,6 @@ def test_registered_class_is_found_and_made():
     assert (type(backend), backend.stage) == (cls, 3)
 
 
-@pytest.mark.usefixtures("clean_registry")
 def test_registering_twice_is_harmless_but_a_taken_name_is_refused():
     cls = register_backend(complete())
     assert register_backend(cls) is cls
@@ -165,7 +158,6 @@ def test_registering_twice_is_harmless_but_a_taken_name_is_refused():
         register_backend(complete("Other", name="cpu"))
 
 
-@pytest.mark.usefixtures("clean_registry")
 def test_invalid_class_is_not_registered():
     with pytest.raises(BackendContractError):
         register_backend(complete(step=None))
@@ -191,7 +183,6 @@ def test_neither_name_nor_instance(backend):
         make_backend(backend)
 
 
-@pytest.mark.usefixtures("clean_registry")
 def test_unknown_option_lists_the_accepted_ones_and_the_closest():
     register_backend(complete())
     with pytest.raises(ConfigurationError) as caught:
