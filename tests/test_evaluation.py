@@ -162,6 +162,7 @@ class Modes(Evaluated):
     def __init__(self):
         super().__init__()
         self.dropout, self.frozen = nn.Dropout(), nn.BatchNorm1d(3).eval()
+        self.alias = nn.Sequential(self.frozen)  # restoring the mode of this one must not reach into it
         self.modes = []
 
     def note(self, place):

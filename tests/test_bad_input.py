@@ -1,0 +1,209 @@
+"""Bad input: what the message says, when it comes, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from small import SCALED, Automatic, Doing, Small, loader, refused, rows, says, trained, trainer
+from torch import nn
+
+from xtrain import (
+    ConfigurationError,
+    LightningModule,
+    NonFiniteLossError,
+    ProtocolError,
+    UnknownBackendError,
+    UnsupportedCombinationError,
+)
+
+# ---------------------------------------------------------------- before the first batch
+
+
+def test_unknown_backend():
+    with pytest.raises(UnknownBackendError) as caught:
+        trainer(backend="cdua")
+    says(caught.value, "'cdua'", "'cpu'", "Trainer(backend='cuda')")
+
+
+def test_all_refused_combinations_are_told_at_once_before_the_first_batch():
+    class Unsupported(Small):
+        def configure_optimizers(self):
+            return [torch.optim.LBFGS(self.parameters()), torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    module = Unsupported()
+    with pytest.raises(UnsupportedCombinationError) as caught:
+        trained(module=module, precision="16-mixed", gradient_clip_val=1.0)
+    found = [re.match(r"\[(.+?)\]", violation)[1] for violation in caught.value.violations]
+    assert found == ["lbfgs-scaling", "shared-scaling", "manual-flags"]
+    assert "Fix:  Trainer(precision='bf16-mixed')" in str(caught.value)
+    assert module.seen == []
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 1), 3, None, Small])
+def test_not_a_module(model):
+    with pytest.raises(ConfigurationError) as caught:
+        trainer().fit(model, loader())
+    says(caught.value, "LightningModule", "class Model(xtrain.LightningModule)")
+
+
+def test_module_that_forgets_super_init():
+    class Setting(LightningModule):
+        def __init__(self):
+            self.automatic_optimization = False
+
+    class Saving(LightningModule):
+        def __init__(self, width=3):
+            self.save_hyperparameters()
+
+    class Silent(LightningModule):
+        def __init__(self): ...
+
+    for make in (Setting, Saving, lambda: trainer().fit(Silent(), loader())):
+        with pytest.raises(ConfigurationError) as caught:
+            make()
+        says(caught.value, "super().__init__()")
+
+
+@pytest.mark.parametrize("method", ["training_step", "configure_optimizers"])
+def test_undefined_method(method):
+    class Partial(Small): ...
+
+    setattr(Partial, method, getattr(LightningModule, method))
+    with pytest.raises(ConfigurationError) as caught:
+        trained(module=Partial())
+    says(caught.value, f"Partial.{method}", f"def {method}(self, ")
+
+
+@pytest.mark.parametrize("empty", [loader(0).dataset, [], iter(())], ids=["sized", "list", "iterator"])
+def test_empty_loader(empty):
+    module = Small()
+    with pytest.raises(ConfigurationError) as caught:
+        trained(empty, module)
+    says(caught.value, "at least one batch from the training loader", "drop_last=False")
+    trained(module=module)
+    assert module.seen == [0, 1, 2, 3]
+
+
+def test_generator_that_is_used_up_in_the_second_epoch():
+    module = Small()
+    with pytest.raises(ConfigurationError) as caught:
+        trained((rows(2) for _ in range(2)), module, max_epochs=2)
+    says(caught.value, "a generator used up")
+    assert module.seen == [0, 1]
+
+
+def test_limit_below_one_batch_is_not_called_an_empty_loader():
+    with pytest.raises(ConfigurationError) as caught:
+        trained(limit_train_batches=0.1)
+    says(caught.value, "limit_train_batches", "0.1")
+
+
+def test_loader_that_is_none():
+    with pytest.raises(ConfigurationError) as caught:
+        trained(3)
+    says(caught.value, "an iterable of batches", "Received: 3")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["optimizers", "lr_schedulers", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_verb_outside_of_fit(verb, when):
+    module = Small()
+    if when == "after":
+        trained(module=module)
+    arguments = [] if verb in ("optimizers", "lr_schedulers") else [torch.ones(())]
+    with pytest.raises(ProtocolError) as caught:
+        getattr(module, verb)(*arguments)
+    says(caught.value, f"{verb}() inside a run", f"self.{verb}(")
+
+
+def test_trainer_before_fit():
+    with pytest.raises(ProtocolError) as caught:
+        _ = Small().trainer
+    says(caught.value, "Small", ".fit(module)")
+
+
+# ---------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize(
+    ("loss", "part"),
+    [
+        (lambda m, b: m.net(b), "shape (2, 1)"),
+        (lambda m, b: m.loss(b).detach(), "without a graph"),
+        (lambda m, b: torch.tensor(1.0), "without a graph"),
+        (lambda m, b: 3.0, "float 3.0"),
+        (lambda m, b: None, "NoneType None"),
+        (lambda m, b: {"loss": m.loss(b)}, "dict"),
+    ],
+    ids=["vector", "detached", "constant", "float", "none", "dict"],
+)
+@pytest.mark.parametrize("options", [{}, SCALED], ids=["32-true", "16-mixed"])
+def test_loss_that_cannot_be_differentiated(loss, part, options):
+    def body(module, opt, batch):
+        module.manual_backward(loss(module, batch))
+
+    refused(ConfigurationError, body, "one element and a graph", part, "self.manual_backward(", **options)
+
+
+def test_vector_with_its_gradient_is_fine():
+    def body(module, opt, batch):
+        opt.zero_grad()
+        output = module.net(batch)
+        module.manual_backward(output, gradient=torch.ones_like(output))
+        opt.step()
+
+    trained(module=Doing(body))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+class TestNonFiniteLoss:
+    @staticmethod
+    def module(value):
+        def body(module, opt, batch):
+            opt.zero_grad()
+            module.manual_backward(module.loss(batch) * value)
+
+        return Doing(body)
+
+    def test_stop(self, value):
+        module = self.module(value)
+        with pytest.raises(NonFiniteLossError) as caught:
+            trained(module=module, nonfinite_loss="stop")
+        assert module.begun == 1
+        assert str(value) in str(caught.value) or "inf" in str(caught.value)
+        says(caught.value, "finite")
+
+    def test_warn_once(self, value):
+        module = self.module(value)
+        with pytest.warns(UserWarning, match="nonfinite_loss") as caught:
+            trained(module=module)
+        assert module.begun == 4
+        assert len(caught) == 1
+
+    def test_ignore(self, value):
+        trained(module=self.module(value), nonfinite_loss="ignore")
+
+    def test_automatic(self, value):
+        class Exploding(Automatic):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) * value
+
+        with pytest.raises(NonFiniteLossError):
+            trained(module=Exploding(), nonfinite_loss="stop")
+
+
+@pytest.mark.parametrize("returned", [3.0, "loss", {"losses": 1}, [torch.ones(())]])
+def test_automatic_step_that_returns_no_loss(returned):
+    class Wrong(Automatic):
+        def training_step(self, batch, batch_idx):
+            return returned
+
+    with pytest.raises(ConfigurationError) as caught:
+        trained(module=Wrong())
+    says(caught.value, type(returned).__name__, "return loss")
