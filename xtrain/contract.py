@@ -77,6 +77,11 @@ class Collectives:
     def barrier(self) -> None:
         """Wait for all ranks."""
 
+    def all_true(self, flag: bool) -> Callable[[], bool]:
+        """Start asking whether `flag` holds on every rank; the returned function waits for the answer."""
+        lowest = self.all_reduce(torch.tensor(float(flag)), "min")
+        return lambda: bool(lowest.item())
+
 
 class Backend(ABC):
     """One kind of device. Subclasses are final: mark them with `typing.final`.

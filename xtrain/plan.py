@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from xtrain.contract import Collectives
 from xtrain.data import as_loaders, check_loader, empty_loader, find_loader, limited, nothing_left, size_of, with_last
 from xtrain.errors import ConfigurationError, explain
 from xtrain.hooks import is_overridden
 from xtrain.module import LightningModule
+from xtrain.sharding import agreed, common_size, repeat_last, set_epoch, shard_loader
 
 if TYPE_CHECKING:
     from xtrain.trainer import Trainer
@@ -26,26 +28,38 @@ class FitPlan:
         loader: training batches; None stands for batches that are None.
         val_loaders: validation batches.
         batches: training batches per epoch; None if the loader does not know.
+        sized: whether every rank's loader knows its length.
         max_epochs: where to stop; None is unlimited.
         steps_left: training steps this call may still make.
         val_every: training batches between validations; None validates after the last batch of an epoch.
         sanity_batches: validation batches per loader before training.
+        ranks: the processes that read together.
+        uneven: see ``Trainer(uneven_batches=...)``.
     """
 
     loader: Any = None
     val_loaders: list[Any] = field(default_factory=list)
     batches: int | None = None
+    sized: bool = False
     max_epochs: int | None = None
     steps_left: float = math.inf
     val_every: int | None = None
     sanity_batches: int | None = 0
+    ranks: Collectives = field(default_factory=Collectives)
+    uneven: str = "drop"
 
-    def epoch(self) -> Iterator[tuple[Any, bool]]:
-        """Yield ``(batch, is_last)`` for one epoch."""
-        source = itertools.repeat(None) if self.loader is None else self.loader
-        count = self.steps_left if self.batches is None else min(self.batches, self.steps_left)
-        sized = self.loader is None or size_of(self.loader) is not None
-        return with_last(source, None if count == math.inf else int(count), sized)
+    def epoch(self, number: int) -> Iterator[tuple[Any, bool]]:
+        """Yield ``(batch, is_last)`` for the epoch `number`, equally often on every rank."""
+        limit = self.steps_left if self.batches is None else min(self.batches, self.steps_left)
+        count = None if limit == math.inf else int(limit)
+        if self.loader is None:
+            return with_last(itertools.repeat(None), count, sized=True)
+        set_epoch(self.loader, number)
+        if self.ranks.world_size > 1:
+            if not self.sized:
+                return agreed(itertools.islice(self.loader, count), self.ranks, self.uneven)
+            return with_last(repeat_last(self.loader), count, sized=True)
+        return with_last(self.loader, count, self.sized)
 
 
 def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPlan:
@@ -64,7 +78,9 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
     if loader is None and steps is None and trainer.max_steps < 0 and trainer.limit_train_batches is None:
         fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
         raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
-    size = steps if loader is None else size_of(check_loader(loader, "training"))
+    ranks = trainer.backend.collectives
+    loader = loader if loader is None else shard_loader(check_loader(loader, "training"), ranks)
+    size = steps if loader is None else common_size(size_of(loader), ranks, trainer.uneven_batches)
     batches = limited(size, trainer.limit_train_batches, "limit_train_batches")
     if size == 0:
         raise empty_loader("training")
@@ -78,9 +94,12 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
     if isinstance(trainer.limit_val_batches, int) and sanity is not None:
         sanity = min(sanity, trainer.limit_val_batches)
     return FitPlan(
+        ranks=ranks,
+        uneven=trainer.uneven_batches,
         loader=loader,
         val_loaders=val_loaders,
         batches=batches,
+        sized=size is not None,
         max_epochs=None if max_epochs == -1 else max_epochs,
         steps_left=math.inf if steps is None else steps,
         val_every=_validation_interval(trainer, batches) if val_loaders else None,
@@ -98,7 +117,7 @@ def _validation_loaders(trainer: Trainer, val: Any) -> list[Any]:
     for loader in found:
         if size_of(check_loader(loader, "validation")) == 0:
             raise empty_loader("validation")
-    return found
+    return [shard_loader(loader, trainer.backend.collectives) for loader in found]
 
 
 def _validation_interval(trainer: Trainer, batches: int | None) -> int | None:

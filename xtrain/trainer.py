@@ -25,6 +25,7 @@ from xtrain.plan import FitPlan, plan_fit
 from xtrain.precision import resolve_precision
 from xtrain.registry import make_backend
 from xtrain.running import running
+from xtrain.sharding import shard_loader
 from xtrain.spellings import check_choice, check_count, check_interval, check_limit, read_backend
 from xtrain.state import TrainerState
 
@@ -50,6 +51,8 @@ class Trainer(TrainerState):
         num_sanity_val_steps: validation batches before training; -1 is all of them.
         check_val_every_n_epoch: epochs between validations; None counts `val_check_interval` across epochs.
         val_check_interval: training batches (or fraction of an epoch) between validations.
+        uneven_batches: when ranks have unequally many batches, an epoch ends for all with the first that
+            has none (``"drop"``) or the last (``"finish"``; the others repeat their last batch).
         accumulate_grad_batches: batches per step of automatic optimization.
         gradient_clip_val: clips in automatic optimization.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
@@ -86,6 +89,7 @@ class Trainer(TrainerState):
         num_sanity_val_steps: int = 2,
         check_val_every_n_epoch: int | None = 1,
         val_check_interval: int | float | None = None,
+        uneven_batches: str = "drop",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
@@ -112,6 +116,7 @@ class Trainer(TrainerState):
         self.num_sanity_val_steps = 0 if quick else check_count("num_sanity_val_steps", num_sanity_val_steps, -1)
         self.check_val_every_n_epoch = check_count("check_val_every_n_epoch", check_val_every_n_epoch, 1)
         self.val_check_interval = check_interval(val_check_interval, check_val_every_n_epoch)
+        self.uneven_batches = check_choice("uneven_batches", str(uneven_batches), "drop", "finish")
         self.accumulate_grad_batches = check_count("accumulate_grad_batches", accumulate_grad_batches, 1)
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
@@ -189,6 +194,7 @@ class Trainer(TrainerState):
             found = as_loaders(find_loader(source, loaders, datamodule, self.module))
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
+            found = [shard_loader(loader, self.backend.collectives) for loader in found]
             return evaluate(self, stage, found, getattr(self, _LIMITS[stage]))
 
     # ---------------------------------------------------------------- the loop
@@ -221,7 +227,7 @@ class Trainer(TrainerState):
         at_start, at_end = self.hooks["on_train_batch_start"], self.hooks["on_train_batch_end"]
         self.call("on_train_epoch_start")
         self.batch_idx = -1
-        for index, (batch, last) in enumerate(plan.epoch()):
+        for index, (batch, last) in enumerate(plan.epoch(self.current_epoch)):
             self.batch_idx, self.is_last_batch = index, last
             batch = self.transfer(batch, 0)
             metrics.set_batch(batch)
