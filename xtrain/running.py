@@ -72,6 +72,7 @@ def running(
 def _attach(trainer: Trainer, stage: str, module: LightningModule, datamodule: LightningDataModule | None) -> None:
     trainer.stage, trainer.datamodule, trainer.module = stage, datamodule, module
     trainer.should_stop = False
+    trainer.lr_scheduler_configs = []
     trainer.hooks = collect_hooks(trainer, module, trainer.callbacks, Callback)
     trainer.life = GradientLife(trainer.backend, trainer.hooks, trainer.nonfinite_loss)
     trainer.metrics.loggers = trainer.loggers if trainer.is_global_zero else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from xtrain.contract import Backend
@@ -22,9 +23,12 @@ DEFAULT_BACKEND = "cpu"
 
 
 def read_backend(
-    backend: str | Backend | None, accelerator: str | None, strategy: str | None
+    backend: str | Backend | None,
+    accelerator: str | None,
+    strategy: str | None,
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[str | Backend, dict[str, Any]]:
-    """Return the backend that three spellings agree on, and the options that the strategy implies.
+    """Return the backend that three spellings agree on, and its options: those given over those implied.
 
     Raises:
         ConfigurationError: for an unknown spelling, or two that disagree.
@@ -44,8 +48,8 @@ def read_backend(
                 raise ConfigurationError(
                     explain(f"backend and {spelling} to agree", f"backend={name!r}", f"Trainer(backend={other!r})")
                 )
-        return backend, options
-    return next(iter(named.values()), DEFAULT_BACKEND), options
+        return backend, {**options, **(given or {})}
+    return next(iter(named.values()), DEFAULT_BACKEND), {**options, **(given or {})}
 
 
 def _look_up(flag: str, value: Any, table: dict[str, Any]) -> Any:

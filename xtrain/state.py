@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
+from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend
 from xtrain.data import LightningDataModule
 from xtrain.errors import ConfigurationError, explain
@@ -32,8 +34,10 @@ class TrainerState:
     backend: Backend
     callbacks: list[Callback]
     datamodule: LightningDataModule | None = None
+    hooks: dict[str, list[Callable[..., Any]]]
     life: GradientLife
     loggers: list[Logger]
+    lr_scheduler_configs: list[LRSchedulerConfig]
     metrics: MetricLog
     module: LightningModule | None = None
 

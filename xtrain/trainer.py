@@ -12,7 +12,6 @@ from torch import Tensor
 from xtrain.automatic import AutomaticStep
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
-from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend, check_clip_value
 from xtrain.data import LightningDataModule, as_loaders, empty_loader, find_loader, make_transfer
 from xtrain.errors import ConfigurationError, explain
@@ -101,8 +100,7 @@ class Trainer(TrainerState):
         default_root_dir: str | os.PathLike[str] | None = None,
         inference_mode: bool = True,
     ) -> None:
-        chosen, implied = read_backend(backend, accelerator, strategy)
-        self.backend = make_backend(chosen, {**implied, **(backend_options or {})} or None)
+        self.backend = make_backend(*read_backend(backend, accelerator, strategy, backend_options))
         self.backend.precision = self.precision = resolve_precision(precision)
         self.backend.scaler_kwargs = scaler_kwargs
         self.backend.devices = None if devices == "auto" else check_count("devices", devices, 1)
@@ -128,8 +126,6 @@ class Trainer(TrainerState):
         self.metrics = MetricLog(self.backend.read_scalars, self._all_reduce, log_every_n_steps)
         self.transfer: Callable[[Any, int], Any] = make_transfer(self.backend)
         self.life = GradientLife(self.backend, {})
-        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
-        self.hooks: dict[str, list[Any]] = {}
         self.plan = FitPlan()
 
     # ---------------------------------------------------------------- what users call
