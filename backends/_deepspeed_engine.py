@@ -7,7 +7,6 @@ parameters of another optimizer costs nothing, may be accumulated, and may be dr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,13 +36,7 @@ def make_engine(model: nn.Module, config: dict[str, Any], optimizer: Optimizer |
     """Return a DeepSpeed engine on the process group that exists."""
     import deepspeed
 
-    alone = "LOCAL_RANK" not in os.environ  # DeepSpeed insists on it, also without any launcher
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
-    finally:
-        if alone:
-            del os.environ["LOCAL_RANK"]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 class OptimizerEngine:

@@ -59,10 +59,9 @@ class ShardedModule:
         self._zero = self._engine.optimizer
         own = {id(p) for p in vars(module)["_parameters"].values() if p is not None}
         self._held = [p for p in module.parameters() if p.ds_persist or id(p) in own]
-        self.hold()
 
     def hold(self) -> None:
-        """Gather what is held whole, after a step has partitioned it."""
+        """Gather what is held whole: when all engines are made, and after each step."""
         _gather(self._held)
 
     def release(self, parameters: Sequence[Tensor]) -> None:

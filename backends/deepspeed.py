@@ -90,7 +90,8 @@ class DeepSpeed(Backend):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the only device there is
         on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        # DeepSpeed insists on this variable, also without any launcher.
+        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
         if not on_cpu:
             torch.cuda.set_device(self.device)
