@@ -24,14 +24,6 @@ def _frozen(situation: Situation) -> str | None:
     return None
 
 
-def _accumulation_dtype(situation: Situation) -> str | None:
-    config = getattr(situation.backend, "config", {})
-    dtype = config.get("data_types", {}).get("grad_accum_dtype")
-    if situation.precision.parameter_dtype is None or dtype in (None, "bf16") or _stage(situation) != 1:
-        return None
-    return f"grad_accum_dtype={dtype!r}, stage 1"
-
-
 RULES = (
     Rule(
         "deepspeed-adagrad",
@@ -48,13 +40,5 @@ RULES = (
         "parameter.requires_grad_(True) before the optimizer is made, or leave that optimizer out",
         "deepspeed.initialize",
         _frozen,
-    ),
-    Rule(
-        "deepspeed-accumulation",
-        "bf16-true on stage 1 with another data_types.grad_accum_dtype than bf16",
-        "DeepSpeed's optimizer for that keeps gradients where they can be neither accumulated nor dropped freely.",
-        "DeepSpeed(stage=2), or Trainer(precision='bf16-mixed'), which accumulates in fp32",
-        "https://www.deepspeed.ai/docs/config-json/#data-type-options",
-        _accumulation_dtype,
     ),
 )
