@@ -147,8 +147,23 @@ class OptimizerEngine:
             if self.stage == 0:
                 self._average()
             else:
+                self._clean_buffers()
                 with self.engine.coalesce_grad_reduction():
                     pass
+
+    def _clean_buffers(self) -> None:
+        """Zero the buffers that DeepSpeed reuses: a NaN in their padding would stay for ever."""
+        if self._offloaded:
+            for master in self._masters():
+                if master.grad is not None:
+                    master.grad.zero_()
+        if self.stage == 3:
+            self.zero.grad_partitions_flat_buffer.zero_()
+
+    def _masters(self) -> list[Tensor]:
+        zero = self.zero
+        masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return list(masters)
 
     def _average(self) -> None:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -162,8 +177,7 @@ class OptimizerEngine:
         if self.stage == 0:
             return {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
         if self._offloaded:
-            masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-            return dict(enumerate(master.grad for master in masters))
+            return {i: master.grad for i, master in enumerate(self._masters()) if master.grad is not None}
         parts = (getattr(held, "grad_buffers", held) for held in zero.averaged_gradients.values())
         return dict(enumerate(part for held in parts for part in held))
 

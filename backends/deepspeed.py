@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from xtrain.errors import ConfigurationError, explain
 from xtrain.optimizer import LightningOptimizer
 from xtrain.precision import LossScaler, rescale_gradients
 
-from ._deepspeed_config import Source, engine_config, read_config
+from ._deepspeed_config import check_precision, engine_config, read_config
 from ._deepspeed_engine import OptimizerEngine
 from ._deepspeed_rules import RULES
 from ._deepspeed_sharding import ShardedModule, Undo
@@ -64,8 +63,8 @@ class DeepSpeed(Backend):
         config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         timeout: float = 600.0,
     ) -> None:
-        given = Source(stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param)
-        self.config = read_config(config, given)
+        given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_param": offload_param}
+        self.config = read_config(given, config, os.environ)
         self.stage: int = self.config["zero_optimization"]["stage"]
         self.timeout = timedelta(seconds=timeout)
         self.scaler: LossScaler | None = None
@@ -87,6 +86,7 @@ class DeepSpeed(Backend):
         return None
 
     def launch(self) -> None:
+        check_precision(self.config, self.precision)
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the only device there is
         on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -101,7 +101,7 @@ class DeepSpeed(Backend):
             fix = f"torchrun --nproc_per_node={self.devices} script.py"
             received = f"{self.collectives.world_size} launched process(es)"
             raise ConfigurationError(explain(f"Trainer(devices={self.devices}) processes", received, fix))
-        _start_deepspeed(kind)
+        _start_deepspeed(kind, self.config["zero_optimization"])
 
     def setup_module(self, module: nn.Module) -> None:
         module.to(self.device, self.precision.parameter_dtype)
@@ -118,14 +118,15 @@ class DeepSpeed(Backend):
         if not optimizers:
             return
         self._undo = Undo(module)
-        config = copy.deepcopy(self.config)
-        if self.precision.parameter_dtype is not None:
-            config["bf16"] = {**config.get("bf16", {}), "enabled": True}
         if self.stage == 3:
-            self._sharded = ShardedModule(module, engine_config(config, names))
+            self._sharded = ShardedModule(module, engine_config(self.config, names, self.precision))
         self._engines = {
             id(optimizer): OptimizerEngine(
-                optimizer, named, engine_config(config, named.values()), self.collectives, self.device
+                optimizer,
+                named,
+                engine_config(self.config, named.values(), self.precision),
+                self.collectives,
+                self.device,
             )
             for optimizer, named in zip(optimizers, owned, strict=True)
         }
@@ -214,9 +215,16 @@ class DeepSpeed(Backend):
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _start_deepspeed(kind: str) -> None:
+def _start_deepspeed(kind: str, zero: dict[str, Any]) -> None:
     import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.utils import logger
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        fix = "https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training lists the keys"
+        raise ConfigurationError(explain("zero_optimization as DeepSpeed reads it", str(error), fix)) from error
 
     logger.setLevel(logging.ERROR)
     # Communication through shared memory would compile an operator, for minutes, at the first start.
