@@ -16,12 +16,15 @@ from xtrain.precision import Precision
 Config = dict[str, Any]
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
-_DEVICES = ("cpu", "nvme", "none")
+_DEVICES = ("cpu", "none")
 
 # What xtrain or the Trainer decides: the values a file may repeat, and who decides.
 _OWNED: dict[str, tuple[tuple[Any, ...], str]] = {
     "gradient_accumulation_steps": ((1,), "Trainer(accumulate_grad_batches=...), or the training step"),
-    "gradient_clipping": ((0, 0.0), "self.clip_gradients(opt, gradient_clip_val=...), or Trainer(gradient_clip_val=...)"),
+    "gradient_clipping": (
+        (0, 0.0),
+        "self.clip_gradients(opt, gradient_clip_val=...), or Trainer(gradient_clip_val=...)",
+    ),
     "train_micro_batch_size_per_gpu": ((1,), "DataLoader(..., batch_size=...)"),
     "train_batch_size": ((), "DataLoader(..., batch_size=...)"),
     "managed_gradient_accumulation": ((True,), "opt.step(), which ends every accumulation"),
@@ -33,15 +36,16 @@ _OWNED: dict[str, tuple[tuple[Any, ...], str]] = {
     "amp": (({"enabled": False},), "Trainer(precision='16-mixed')"),
 }
 
-_PASSED_ON = frozenset(
-    "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile "
-    "compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last datastates_ckpt "
-    "disable_allgather disable_python_gc dump_state elasticity expert_parallel flops_profiler gradient_predivide_factor "
-    "hybrid_engine log_level memory_breakdown nebula prescale_gradients seq_parallel_communication_data_type "
-    "sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers use_node_local_storage wandb "
-    "comet wall_clock_breakdown weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
-    "zero_optimization zenflow python_gc".split()
-)
+_KEYS = """
+activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last datastates_ckpt
+disable_allgather disable_python_gc dump_state elasticity expert_parallel flops_profiler gradient_predivide_factor
+hybrid_engine log_level memory_breakdown nebula prescale_gradients python_gc seq_parallel_communication_data_type
+sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers use_node_local_storage wandb
+wall_clock_breakdown weight_quantization zenflow zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+zero_optimization
+"""
+_PASSED_ON = frozenset(_KEYS.split())
 
 
 def read_config(
@@ -64,7 +68,7 @@ def read_config(
         raise _disagreement("the configuration", "config", str(config), "accelerate launch", launched["config"])
     result, where = _load(config if config is not None else launched.pop("config", None))
     launched.pop("config", None)
-    result = _without_auto(result)
+    result = dict(_without_auto(result))
     _check_keys(result, where)
     zero = result.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -127,7 +131,7 @@ def engine_config(config: Config, parameters: Iterable[Any], precision: Precisio
         parameters: what the engine is made for.
         precision: the Trainer's.
     """
-    defaults = {
+    defaults: Config = {
         "steps_per_print": 2**31 - 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -217,7 +221,13 @@ def _check_zero(zero: Config) -> None:
         device = offload.get("device") if isinstance(offload, Mapping) else offload
         if device not in _DEVICES:
             fix = f"DeepSpeed(stage={lowest}, {name}='cpu')"
-            raise ConfigurationError(explain(f"{name} to be 'cpu', 'nvme' or a dict with 'device'", repr(offload), fix))
+            raise ConfigurationError(
+                explain(
+                    f"{name} to be 'cpu', or a dict with 'device': 'cpu' (copies on NVMe would miss what you write)",
+                    repr(offload),
+                    fix,
+                )
+            )
         if device != "none" and stage < lowest:
             fix = f"DeepSpeed(stage={lowest}, {name}={device!r})"
             raise ConfigurationError(explain(f"{name} with stage {lowest} or above", f"stage {stage}", fix))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from xtrain.contract import Collectives
+from xtrain.errors import ConfigurationError, explain
 from xtrain.optimizer import LightningOptimizer
 
 
@@ -43,7 +44,7 @@ class OptimizerEngine:
     """Reduces, clips and steps the gradients of one optimizer.
 
     Args:
-        optimizer: whose `module_parameters` this fills: DeepSpeed puts its shards into the groups.
+        optimizer: the user's; above stage 0 DeepSpeed puts its shards into the groups.
         named: the parameters of `optimizer` by name.
         config: a DeepSpeed configuration for this engine alone.
         collectives: of the run.
@@ -51,6 +52,7 @@ class OptimizerEngine:
 
     Attributes:
         parameters: those that train.
+        every_parameter: those and the frozen ones.
         gradients: what was finalized, by position; this rank's part of it above stage 0.
         leftover: the gradients of the last step, until they are zeroed. They count in the next
             step, as in plain PyTorch.
@@ -64,8 +66,11 @@ class OptimizerEngine:
         collectives: Collectives,
         device: torch.device,
     ) -> None:
-        optimizer.module_parameters = tuple(named.values())
         self.parameters = [p for p in named.values() if p.requires_grad]
+        self._optimizer = optimizer
+        self.every_parameter = list(named.values())
+        self._frozen = [p for p in named.values() if not p.requires_grad]
+        self._groups = len(optimizer.param_groups)
         self.stage: int = config["zero_optimization"]["stage"]
         self.gradients: dict[int, Tensor] | None = None
         self.leftover: dict[int, Tensor] | None = None
@@ -73,9 +78,12 @@ class OptimizerEngine:
         self._collectives, self._device = collectives, device
         self.engine = make_engine(Owner(named), config, optimizer.optimizer)
         self.zero = self.engine.optimizer
-        self._offloaded = self.stage > 0 and bool(self.zero.cpu_offload if self.stage < 3 else self.zero.offload_optimizer)
+        self._offloaded = self.stage > 0 and bool(
+            self.zero.cpu_offload if self.stage < 3 else self.zero.offload_optimizer
+        )
         for hook in getattr(self.zero, "_grad_acc_hooks", ()):  # they would reduce during backward
             hook.remove()
+        self._data = [p.data for p in self.parameters] if self.stage in (1, 2) else []
 
     @property
     def has_gradients(self) -> bool:
@@ -119,6 +127,7 @@ class OptimizerEngine:
         Args:
             scale: the loss scale, or None without one.
         """
+        self._check_unchanged()
         if not self.has_gradients:
             return
         leftover = self.leftover
@@ -133,6 +142,16 @@ class OptimizerEngine:
             self._add(leftover)
         if self._overflowed is not None and self.stage:
             self._overflowed = self._collectives.all_reduce(self._overflowed, "max")
+
+    def _check_unchanged(self) -> None:
+        """Refuse to step on part of what the user means: DeepSpeed fixed its shards at set-up."""
+        unfrozen = sum(p.grad is not None for p in self._frozen)
+        added = len(self._optimizer.param_groups) - self._groups
+        if unfrozen or added:
+            received = f"{unfrozen} parameter(s) unfrozen and {added} group(s) added since"
+            fix = "requires_grad_(True) and add_param_group(...) in configure_optimizers, or a second trainer.fit(...)"
+            expected = f"{self._optimizer!r} to train the parameters it had when fit() began"
+            raise ConfigurationError(explain(expected, received, fix))
 
     def _reduce(self) -> None:
         alone = self.stage == 0 and self._collectives.world_size == 1
@@ -234,6 +253,10 @@ class OptimizerEngine:
 
         Without it a clamped or loaded weight would silently be lost in the next step.
         """
+        for parameter, data in zip(self.parameters, self._data, strict=bool(self._data)):
+            if parameter.data_ptr() != data.data_ptr():  # p.data = ... took it out of DeepSpeed's flat buffer
+                data.copy_(parameter.data)
+                parameter.data = data
         for working, master in self._copies():
             if working.dtype == master.dtype:
                 master.data.copy_(working)

@@ -24,6 +24,11 @@ def _frozen(situation: Situation) -> str | None:
     return None
 
 
+def _stateful(situation: Situation) -> str | None:
+    found = [i for i, o in enumerate(situation.optimizers) if o.state]
+    return f"optimizer {found[0]} has state, stage {_stage(situation)}" if found and _stage(situation) else None
+
+
 RULES = (
     Rule(
         "deepspeed-adagrad",
@@ -40,5 +45,13 @@ RULES = (
         "parameter.requires_grad_(True) before the optimizer is made, or leave that optimizer out",
         "deepspeed.initialize",
         _frozen,
+    ),
+    Rule(
+        "deepspeed-state",
+        "an optimizer that already has state (moments, step counts) with ZeRO stage 1 or above",
+        "DeepSpeed steps on its own shards, for which the state is not found: it would start from nothing.",
+        "a fresh optimizer in configure_optimizers, or DeepSpeed(stage=0)",
+        "deepspeed.runtime.zero",
+        _stateful,
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,8 @@ class ShardedModule:
         self._engine = make_engine(module, config)
         self._zero = self._engine.optimizer
         own = {id(p) for p in vars(module)["_parameters"].values() if p is not None}
-        self._held = [p for p in module.parameters() if p.ds_persist or id(p) in own]
+        parameters: Iterable[Any] = module.parameters()
+        self._held = [p for p in parameters if p.ds_persist or id(p) in own]
 
     def hold(self) -> None:
         """Gather what is held whole: when all engines are made, and after each step."""
@@ -89,7 +90,8 @@ class ShardedModule:
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
         """Keep the parameters of `module` whole inside the context, also over backwards in it."""
-        parameters = [p for p in module.parameters() if _HOLD not in p.ds_active_sub_modules]
+        every: Iterable[Any] = module.parameters()
+        parameters = [p for p in every if _HOLD not in p.ds_active_sub_modules]
         _gather(parameters)
         try:
             yield

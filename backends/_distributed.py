@@ -74,7 +74,7 @@ def join_processes(
         return Collectives()
     if not dist.is_initialized():
         if world_size == 1:
-            dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
         else:
             dist.init_process_group(kind, timeout=timeout)
     return TorchCollectives(device)

@@ -34,8 +34,8 @@ class DeepSpeed(Backend):
 
     Args:
         stage: ZeRO stage, 0 to 3; default: the `config`'s, else 2.
-        offload_optimizer: where optimizer state lives: ``"cpu"``, ``"nvme"``, a dict of DeepSpeed's
-            options, or None for the device.
+        offload_optimizer: where optimizer state lives: ``"cpu"``, a dict of DeepSpeed's options, or None
+            for the device.
         offload_param: likewise for the parameters of stage 3.
         config: a DeepSpeed configuration, as a dict or the path of a JSON file. What xtrain or the
             Trainer owns (accumulation, clipping, precision, batch size) may be left out, ``"auto"``,
@@ -200,6 +200,10 @@ class DeepSpeed(Backend):
             yield
         for engine in self._engines.values():
             engine.adopt_writes()
+
+    def parameters_of(self, optimizer: LightningOptimizer) -> Iterator[Tensor]:
+        engine = self._engines.get(id(optimizer))
+        return super().parameters_of(optimizer) if engine is None else iter(engine.every_parameter)
 
     def has_gradients(self, optimizer: LightningOptimizer) -> bool:
         return self._engines[id(optimizer)].has_gradients

@@ -148,10 +148,7 @@ class LightningOptimizer:
         step_count: steps that were applied.
         skipped_steps: steps that were skipped because a gradient overflowed.
         sync_gradients: False while ``toggle_model(sync_grad=False)`` is active.
-        module_parameters: set by a backend that puts shards into the groups: the module's own parameters.
     """
-
-    module_parameters: Sequence[Tensor] | None = None
 
     def __init__(self, optimizer: Optimizer, life: GradientLife) -> None:
         self.optimizer = optimizer
@@ -177,9 +174,7 @@ class LightningOptimizer:
     @property
     def parameters(self) -> Iterator[Tensor]:
         """The parameters of all groups, in order."""
-        if self.module_parameters is not None:
-            return iter(self.module_parameters)
-        return (p for group in self.optimizer.param_groups for p in group["params"])
+        return self._backend.parameters_of(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the accumulated gradients; they are zeros afterwards if `set_to_none` is False."""
