@@ -277,6 +277,7 @@ class OptimizerEngine:
 
     def destroy(self) -> None:
         """Give back what DeepSpeed holds."""
+        del self._optimizer.param_groups[self._groups :]  # groups that came later are not in its lists
         self.engine.destroy()
 
 

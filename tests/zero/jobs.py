@@ -11,6 +11,7 @@ from xtrain.testing.experiments import make_trainer, outcome_of
 from xtrain.testing.modules import ClippedGan, Gan, OneOptimizer, Recorder
 from xtrain.testing.modules_more import GradientPenalty
 from xtrain.testing.networks import batches, networks, regression, sgd
+from xtrain.testing.probes import perform_plan
 
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CLAMP = 0.3
@@ -87,6 +88,9 @@ class Looks(ClippedGan):
         g_opt.add_param_group({"params": [self.root]})
         return g_opt, d_opt
 
+    def forward(self, batch):
+        return self.G(batch[1])
+
     def sizes(self):
         return [p.numel() for p in self.G.parameters()]
 
@@ -128,6 +132,11 @@ class WholePenalty(GradientPenalty):
             opt.zero_grad()
             self.manual_backward((slope.norm(dim=1) - 1.0).square().mean())
         opt.step()
+
+
+def same_program(plan, options, world_size, rank):
+    """Run `plan` on the full batch on every rank: its losses are no means over samples."""
+    return perform_plan(plan, "deepspeed", "32-true", options)
 
 
 class Apart(Gan):
