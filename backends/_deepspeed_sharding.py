@@ -110,6 +110,8 @@ class ShardedModule:
             _gather(parameters)
             for parameter in parameters:
                 parameter.data = parameter.data.clone()
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
 
 
