@@ -61,4 +61,10 @@ LEGS = {
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.
     "oldest-torch": Leg("full", tests=_CORE),
+    # On the CPU with gloo: one process for the common suite, two for every ZeRO stage.
+    "deepspeed": Leg(
+        "full",
+        tests=("tests/backends/test_deepspeed.py", "tests/zero/test_*.py"),
+        variables={"DS_ACCELERATOR": "cpu"},
+    ),
 }

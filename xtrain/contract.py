@@ -11,7 +11,7 @@ consumes it, so a backend may reduce and unscale there without keeping flags of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, final
@@ -184,6 +184,10 @@ class Backend(ABC):
         """Return a context in which every parameter of `module` is whole (ZeRO-3 gathers here)."""
         return nullcontext()
 
+    def parameters_of(self, optimizer: LightningOptimizer) -> Iterator[Tensor]:
+        """Return the module's parameters that `optimizer` trains; override where shards stand in its groups."""
+        return (p for group in optimizer.optimizer.param_groups for p in group["params"])
+
     def has_gradients(self, optimizer: LightningOptimizer) -> bool:
         """Return whether any parameter of `optimizer` has a gradient."""
         return any(p.grad is not None for p in optimizer.parameters)
@@ -240,9 +244,3 @@ def check_clip_value(value: Any) -> float:
     if not value > 0:  # also catches NaN
         raise ConfigurationError(explain("a gradient_clip_val above zero", value, fix))
     return float(value)
-
-
-def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
-    """Return the parameters of raw torch optimizers in order, each once."""
-    unique = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}
-    return list(unique.values())

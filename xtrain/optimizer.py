@@ -174,7 +174,7 @@ class LightningOptimizer:
     @property
     def parameters(self) -> Iterator[Tensor]:
         """The parameters of all groups, in order."""
-        return (p for group in self.optimizer.param_groups for p in group["params"])
+        return self._backend.parameters_of(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the accumulated gradients; they are zeros afterwards if `set_to_none` is False."""

@@ -157,6 +157,11 @@ class LossScaler(torch.amp.GradScaler):
         self._overflowed |= overflowed
         return not overflowed
 
+    def record(self, overflowed: bool) -> None:
+        """Count a step whose gradients the backend unscaled and checked itself."""
+        self._stepped = True
+        self._overflowed |= overflowed
+
     def forget(self, optimizer: Optimizer) -> None:
         """Drop what is known about the gradients of `optimizer`, which were zeroed."""
         self._per_optimizer_states.pop(id(optimizer), None)

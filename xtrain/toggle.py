@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from xtrain.contract import parameters_of
 from xtrain.errors import ProtocolError, explain
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class ToggleStack:
     def push(self, optimizer: LightningOptimizer) -> None:
         """Let only the parameters of `optimizer` require gradients."""
         if not self._active:
-            self._parameters = parameters_of(o.optimizer for o in self._optimizers)
+            self._parameters = list(dict.fromkeys(p for o in self._optimizers for p in o.parameters))
             self._before = [p.requires_grad for p in self._parameters]
         self._active.append(optimizer)
         self._apply()
@@ -71,6 +70,6 @@ class ToggleStack:
     def _apply(self) -> None:
         chosen: set[Tensor] | None = None
         if self._active:
-            chosen = set(parameters_of([self._active[-1].optimizer]))
+            chosen = set(self._active[-1].parameters)
         for parameter, before in zip(self._parameters, self._before, strict=True):
             parameter.requires_grad_(before and (chosen is None or parameter in chosen))

@@ -1,0 +1,25 @@
+"""The deepspeed backend, held to the conformance suite; more processes and stages: tests/test_deepspeed_backend.py."""
+
+import torch
+
+from xtrain.testing import BackendConformance
+from xtrain.testing.misuse import Provocation
+from xtrain.testing.modules import Closure
+
+
+def frozen(parameters):
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+class TestDeepSpeed(BackendConformance):
+    backend = "deepspeed"
+    precisions = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+    direct_calls = False
+    sequence_examples = 30
+    provocations = {
+        "deepspeed-adagrad": Provocation(lambda: Closure(torch.optim.Adagrad)),
+        "deepspeed-frozen": Provocation(lambda: Closure(frozen)),
+    }

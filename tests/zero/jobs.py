@@ -1,0 +1,216 @@
+"""What the processes of `test_stages` are sent: small runs, each telling one or two facts as plain values."""
+
+import copy
+import os
+
+import torch
+from torch import nn
+
+import xtrain
+from xtrain.testing.experiments import make_trainer, outcome_of
+from xtrain.testing.modules import ClippedGan, Gan, OneOptimizer, Recorder
+from xtrain.testing.modules_more import GradientPenalty
+from xtrain.testing.networks import batches, networks, regression, sgd
+from xtrain.testing.probes import perform_plan
+
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+CLAMP = 0.3
+
+
+def import_deepspeed():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+
+    import xtrain.testing.suite  # noqa: F401
+
+
+def fit(module, options, world_size, rank, precision="32-true", count=4, **trainer):
+    run = make_trainer("deepspeed", precision, options, max_epochs=1, **trainer)
+    run.fit(module, batches(count, world_size, rank))
+    return run
+
+
+def whole(backend, module):
+    with backend.full_parameters(module):
+        return [p.detach().clone() for p in module.parameters()]
+
+
+class Writes(OneOptimizer):
+    """Clamps the weights after each step, in one of the ways users write it, as WGAN does."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(batch))
+        opt.step()
+        backend = self.trainer.backend
+        with backend.full_parameters(self.D), torch.no_grad():
+            for p in self.D.parameters():
+                if self.way == "clamp_":
+                    p.clamp_(-CLAMP, CLAMP)
+                elif self.way == "data.clamp_":
+                    p.data.clamp_(-CLAMP, CLAMP)
+                else:
+                    p.data = p.data.clamp(-CLAMP, CLAMP)
+
+
+def clamped_by_hand(count=4):
+    d = networks()[1]
+    opt = sgd(d.parameters())
+    for batch in batches(count):
+        opt.zero_grad()
+        regression(d, *batch).backward()
+        opt.step()
+        for p in d.parameters():
+            p.data.clamp_(-CLAMP, CLAMP)
+    return [p.detach() for p in d.parameters()]
+
+
+def write(way, options, precision, world_size, rank):
+    module = Writes(way)
+    fit(module, options, world_size, rank, precision)
+    return [p.detach().float() for p in module.D.parameters()]
+
+
+class Looks(ClippedGan):
+    """Notes how much of its parameters it sees, in training and in validation."""
+
+    def __init__(self):
+        super().__init__(0.2)
+        self.root = nn.Parameter(torch.ones(5))
+
+    def configure_optimizers(self):
+        g_opt, d_opt = super().configure_optimizers()
+        g_opt.add_param_group({"params": [self.root]})
+        return g_opt, d_opt
+
+    def forward(self, batch):
+        return self.G(batch[1])
+
+    def sizes(self):
+        return [p.numel() for p in self.G.parameters()]
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.note(training=self.sizes(), root=self.root.numel())
+
+    def validation_step(self, batch, batch_idx):
+        self.note(validated=float(self.D(self.G(batch[1])).mean()))
+
+    def on_validation_epoch_end(self):
+        with self.trainer.backend.full_parameters(self.G):
+            self.note(validation=self.sizes(), image=self.G(torch.ones(1, 3)).flatten().tolist())
+
+
+def looks(options, world_size, rank):
+    module = Looks()
+    run = make_trainer("deepspeed", "32-true", options, max_epochs=1)
+    data = batches(2, world_size, rank)
+    run.fit(module, data, torch.utils.data.DataLoader(data, batch_size=None))
+    after = {"attributes": [name for m in module.modules() for name in vars(m) if "ds_" in name]}
+    after["parameters"] = [list(vars(p)) for p in module.parameters()]
+    after["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+    after["sizes"], after["image"] = module.sizes(), module.G(torch.ones(1, 3)).flatten().tolist()
+    after["predicted"] = len(run.predict(copy.deepcopy(module), torch.utils.data.DataLoader(data, batch_size=None)))
+    run.max_epochs = 2  # train on, with new engines
+    run.fit(module, data)
+    return module.notes, after
+
+
+class WholePenalty(GradientPenalty):
+    """A gradient penalty on a discriminator that is kept whole for it."""
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        with self.trainer.backend.full_parameters(self.D):
+            x = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.D(x).sum(), x, create_graph=True)
+            opt.zero_grad()
+            self.manual_backward((slope.norm(dim=1) - 1.0).square().mean())
+        opt.step()
+
+
+def same_program(plan, options, world_size, rank):
+    """Run `plan` on the full batch on every rank: its losses are no means over samples."""
+    return perform_plan(plan, "deepspeed", "32-true", options)
+
+
+class Apart(Gan):
+    """Starts from other weights on every rank."""
+
+    def __init__(self, rank):
+        super().__init__()
+        with torch.no_grad():
+            for p in self.parameters():
+                p.add_(rank)
+
+
+def apart(options, world_size, rank):
+    module = Apart(rank)
+    return outcome_of(module, fit(module, options, world_size, rank))
+
+
+class Poisoned(OneOptimizer):
+    """One NaN gradient, in the second batch, clipped; on one rank only if there are several."""
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        bad = batch_idx == 1 and self.trainer.global_rank == 0
+        self.manual_backward(self.loss(batch) * (float("nan") if bad else 1.0))
+        self.clip(opt)
+        self.note(applied=bool(opt.step()))
+
+
+def poisoned(options, world_size, rank):
+    module = Poisoned()
+    fit(module, options, world_size, rank, nonfinite_loss="ignore")
+    return module.notes["applied"], all(bool(p.isfinite().all()) for p in module.D.parameters())
+
+
+class Raises(Gan):
+    """Fails in its second step on all ranks."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        if batch_idx:
+            raise KeyError("on purpose")
+
+
+def raises(options, world_size, rank):
+    fit(Raises(), options, world_size, rank)
+
+
+def devices(count, world_size, rank):
+    xtrain.Trainer(backend="deepspeed", devices=count, max_epochs=1, enable_progress_bar=False).fit(Gan(), batches(1))
+
+
+class Misowned(Recorder):
+    """Changes what its optimizer holds while it trains.
+
+    Args:
+        change: ``"foreign"`` (a tensor that is not the module's), ``"unfreeze"`` or ``"group"``.
+    """
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.image = [torch.zeros(3, requires_grad=True)]
+        if change == "unfreeze":
+            self.D.first.bias.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return sgd(self.image if self.change == "foreign" else self.D.parameters())
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        if self.change == "unfreeze":
+            self.D.first.bias.requires_grad_(True)
+        elif self.change == "group":
+            opt.add_param_group({"params": list(self.G.parameters())})
+        self.manual_backward(regression(self.D, *batch))
+        opt.step()

@@ -1,0 +1,194 @@
+"""Every ZeRO stage on two processes: the same parameters as plain PyTorch, and what only DeepSpeed can get wrong."""
+
+from dataclasses import replace
+from functools import partial
+
+import jobs
+import pytest
+import torch
+from hypothesis import given, settings
+from ranks import Ranks
+
+from xtrain import ConfigurationError, ProtocolError, Trainer
+from xtrain.testing import BackendConformance
+from xtrain.testing.experiments import EXPERIMENTS, expect, outcome_of, perform
+from xtrain.testing.modules import Gan
+from xtrain.testing.networks import batches
+from xtrain.testing.oracle import Plain
+from xtrain.testing.probes import unordered_schedulers
+from xtrain.testing.sequences import plans, run_plainly
+
+BY_NAME = {e.name: e for e in EXPERIMENTS}
+ALLOWED = [e for e in EXPERIMENTS if e.name not in ("lbfgs", "shared-layer")]
+STAGES = (0, 1, 2, 3)
+# In low precision each rank rounds the gradient of its own half of the batch; the oracle rounds the whole.
+TOLERANCES = {"32-true": 1e-6, "bf16-mixed": 1e-2, "16-mixed": 1.5e-3, "bf16-true": 4e-2}
+CHOSEN = ("gan-clip-norm", "accumulate-apart", "keep-gradients", "toggle-context", "unowned", "validation-between")
+
+by_stage = pytest.mark.parametrize("stage", STAGES)
+
+
+class Pair(BackendConformance):
+    """The suite's comparison, for outcomes of two processes."""
+
+    __test__ = False
+    tolerances = TOLERANCES
+
+
+@pytest.fixture(scope="module")
+def pair():
+    ranks = Ranks(2, jobs.import_deepspeed)
+    yield ranks
+    ranks.close()
+
+
+def same_as_torch(pair, experiment, precision, options):
+    outcomes = pair.run(partial(perform, experiment, "deepspeed", precision, options))
+    Pair().compare(outcomes, expect(experiment, precision), precision)
+
+
+# ---------------------------------------------------------------- the same parameters
+
+
+@by_stage
+@pytest.mark.parametrize("experiment", [e for e in ALLOWED if not e.scaling], ids=str)
+def test_two_processes_train_as_one(pair, experiment, stage):
+    same_as_torch(pair, experiment, "32-true", {"stage": stage})
+
+
+@by_stage
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+def test_two_processes_in_low_precision(pair, precision, stage):
+    for name in CHOSEN:
+        same_as_torch(pair, BY_NAME[name], precision, {"stage": stage})
+
+
+@by_stage
+def test_overflow_on_one_rank_skips_that_step_on_all(pair, stage):
+    for experiment in (e for e in EXPERIMENTS if e.scaling):
+        same_as_torch(pair, experiment, "16-mixed", {"stage": stage})
+
+
+@pytest.mark.parametrize("name", [*CHOSEN, "shared-loss", "retain-graph", "inputs-argument", "automatic-accumulate"])
+def test_parameters_that_are_really_partitioned(pair, name):
+    same_as_torch(pair, BY_NAME[name], "32-true", {"stage": 3, "config": jobs.PARTITIONED})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizers(pair, stage):
+    for name in (*CHOSEN, "gan-clip-value"):
+        same_as_torch(pair, BY_NAME[name], "32-true", {"stage": stage, "offload_optimizer": "cpu"})
+    same_as_torch(pair, BY_NAME["scaling-textbook"], "16-mixed", {"stage": stage, "offload_optimizer": "cpu"})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_small_buckets(pair, stage):
+    zero = {"reduce_bucket_size": 16, "sub_group_size": 10, "overlap_comm": True, "contiguous_gradients": False}
+    for name in CHOSEN:
+        same_as_torch(pair, BY_NAME[name], "32-true", {"stage": stage, "config": {"zero_optimization": zero}})
+
+
+@by_stage
+def test_random_sequences(pair, stage):
+    def check(plan):
+        outcomes = pair.run(partial(jobs.same_program, plan, {"stage": stage}))
+        run = Plain("32-true", batches(len(plan.program)))
+        with unordered_schedulers():
+            run_plainly(run, plan)
+        Pair().compare(outcomes, outcome_of(run, run), "32-true")
+
+    config = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    config(given(plans(illegal=False))(check))()
+
+
+def test_gradient_penalty_on_a_partitioned_network(pair):
+    experiment = replace(BY_NAME["gradient-penalty"], module=jobs.WholePenalty)
+    same_as_torch(pair, experiment, "32-true", {"stage": 3, "config": jobs.PARTITIONED})
+
+
+@by_stage
+def test_ranks_start_from_the_parameters_of_rank_0(pair, stage):
+    outcomes = pair.run(partial(jobs.apart, {"stage": stage}))
+    Pair().compare(outcomes, expect(replace(BY_NAME["gan"], epochs=1), "32-true"), "32-true")
+
+
+# ---------------------------------------------------------------- the user's module
+
+
+@pytest.mark.parametrize("way", ["clamp_", "data.clamp_", "data="])
+@by_stage
+def test_writes_to_parameters_last(pair, stage, way):
+    expected = jobs.clamped_by_hand()
+    for options in [{"stage": stage}, {"stage": stage, "config": jobs.PARTITIONED}][: 2 if stage == 3 else 1]:
+        for written in pair.run(partial(jobs.write, way, options, "32-true")):
+            torch.testing.assert_close(written, expected, atol=1e-6, rtol=0)
+    for written in pair.run(partial(jobs.write, way, {"stage": stage}, "bf16-true")):
+        torch.testing.assert_close(written, expected, atol=2e-2, rtol=0)
+
+
+def test_parameters_are_partitioned_in_training_and_whole_where_asked(pair):
+    for notes, after in pair.run(partial(jobs.looks, {"stage": 3, "config": jobs.PARTITIONED})):
+        assert notes["training"][0] == [0, 0, 0, 0]
+        assert notes["root"] == [5, 5, 5, 5]
+        assert notes["validation"] == [[18, 6, 24, 4]]
+        assert after["sizes"] == [18, 6, 24, 4]
+        assert after["image"] == notes["image"][0]
+        assert after["predicted"] == 2
+
+
+@by_stage
+def test_the_module_is_a_plain_one_afterwards(pair, stage):
+    for _, after in pair.run(partial(jobs.looks, {"stage": stage})):
+        assert after["attributes"] == []
+        assert after["parameters"] == [[]] * 9
+        assert after["hooks"] == 0
+
+
+@by_stage
+def test_an_exception_of_the_user_arrives(pair, stage):
+    with pytest.raises(KeyError, match="on purpose"):
+        pair.run(partial(jobs.raises, {"stage": stage}))
+
+
+@by_stage
+def test_a_nan_gradient_is_skipped_where_deepspeed_partitions(pair, stage):
+    for applied, finite in pair.run(partial(jobs.poisoned, {"stage": stage})):
+        assert applied == [True, stage == 0, True, True]
+        assert finite is (stage > 0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_processes_must_fit_the_devices(pair):
+    with pytest.raises(ConfigurationError, match=r"devices=3\) processes.*2 launched[\s\S]*nproc_per_node=3"):
+        pair.run(partial(jobs.devices, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [("foreign", "nn.Parameter"), ("unfreeze", "1 parameter"), ("group", "1 group")]
+)
+def test_parameters_deepspeed_cannot_know_are_refused(change, says):
+    with pytest.raises(ConfigurationError, match=says):
+        jobs.fit(jobs.Misowned(change), {"stage": 2}, 1, 0)
+
+
+def test_unknown_key_of_zero_is_named():
+    with pytest.raises(ConfigurationError, match="reduce_buckets_size"):
+        jobs.fit(Gan(), {"config": {"zero_optimization": {"reduce_buckets_size": 8}}}, 1, 0)
+
+
+def test_direct_calls_say_what_they_miss():
+    class Direct(Gan):
+        def training_step(self, batch, batch_idx):
+            self.D(batch[0]).sum().backward()
+
+    with pytest.raises(ProtocolError, match=r"partitioned step of DeepSpeed[\s\S]*self.manual_backward"):
+        jobs.fit(Direct(), {}, 1, 0)
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    backend = Trainer(backend="deepspeed").backend
+    assert type(backend).available() is None
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    assert "export DS_ACCELERATOR=cuda, or cpu" in type(backend).available()
