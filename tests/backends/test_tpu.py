@@ -1,0 +1,15 @@
+"""The tpu backend, held to the conformance suite in a rehearsal: real torch_xla on the CPU."""
+
+import os
+
+os.environ["PJRT_DEVICE"] = "CPU"
+
+from xtrain.testing import BackendConformance
+
+
+class TestTpu(BackendConformance):
+    backend = "tpu"
+    precisions = ("32-true", "bf16-mixed", "bf16-true")
+    # XLA orders sums in its own way, and corrects Adam's bias in fp32 where torch does in Python's floats.
+    tolerances = {"32-true": 1e-5, "bf16-mixed": 2e-3, "bf16-true": 2e-2}
+    sequence_examples = 5
