@@ -41,6 +41,7 @@ class Capabilities:
         shared_parameters: two optimizers may hold the same parameter.
         asynchronous: reading a value waits for the device, so the loop reads in batches.
         multi_process: several processes may train together.
+        inference_mode: `torch.inference_mode` works; evaluation only switches gradients off otherwise.
     """
 
     precisions: frozenset[str]
@@ -49,6 +50,7 @@ class Capabilities:
     shared_parameters: bool = True
     asynchronous: bool = True
     multi_process: bool = False
+    inference_mode: bool = True
 
 
 class Collectives:

@@ -111,7 +111,8 @@ def _in_eval_mode(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Put every submodule in eval mode, and afterwards each one back as it was."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
-    no_gradients = torch.inference_mode() if trainer.inference_mode else torch.no_grad()
+    faster = trainer.inference_mode and trainer.backend.capabilities.inference_mode
+    no_gradients = torch.inference_mode() if faster else torch.no_grad()
     try:
         with no_gradients:
             yield
