@@ -32,7 +32,10 @@ class XLA(Backend):
     """Trains on a TPU, or rehearses that on the CPU with ``PJRT_DEVICE=CPU``."""
 
     name = "tpu"
-    capabilities = Capabilities(precisions=frozenset({"32-true", "bf16-mixed", "bf16-true"}))
+    capabilities = Capabilities(
+        precisions=frozenset({"32-true", "bf16-mixed", "bf16-true"}),
+        inference_mode=False,  # its tensors cannot be traced
+    )
 
     _runtime: Runtime
     _steps: dict[int, Step | HostLBFGS]
