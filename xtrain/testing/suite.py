@@ -124,8 +124,9 @@ class BackendConformance:
             assert f"[{rule}]" in str(refusal.value)
             return
         row = f"{precision}-{experiment}"
+        outcomes = self.launch(job)
         expected = expect(experiment, precision, self.oracle_device)
-        self.compare(self.launch(job), expected, row if row in self.tolerances else precision)
+        self.compare(outcomes, expected, row if row in self.tolerances else precision)
 
     def test_random_legal_sequences(self, precision: str) -> None:
         """Any legal order of the verbs trains what it trains in plain PyTorch."""
