@@ -11,7 +11,7 @@ consumes it, so a backend may reduce and unscale there without keeping flags of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, final
@@ -167,6 +167,10 @@ class Backend(ABC):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return a fresh context for one forward pass: autocast, another default dtype, or nothing."""
         return self.precision.forward_context(self.device.type)
+
+    def training_batches(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Return the batches of a training epoch; a backend that cannot take a smaller last one changes them."""
+        return loader
 
     def batch_to_device(self, batch: Any) -> Any:
         """Return `batch` with its tensors on `device`, floats in the policy's parameter dtype."""

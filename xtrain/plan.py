@@ -86,6 +86,7 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
         raise empty_loader("training")
     if size and batches == 0 and trainer.limit_train_batches != 0:
         raise nothing_left("limit_train_batches", trainer.limit_train_batches, size)
+    loader = loader if loader is None else trainer.backend.training_batches(loader)
     max_epochs: int | None = trainer.max_epochs
     if max_epochs is None and trainer.max_steps < 0 and steps is None:
         max_epochs = 1000
@@ -99,7 +100,7 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
         loader=loader,
         val_loaders=val_loaders,
         batches=batches,
-        sized=size is not None,
+        sized=size is not None and (loader is None or size_of(loader) is not None),
         max_epochs=None if max_epochs == -1 else max_epochs,
         steps_left=math.inf if steps is None else steps,
         val_every=_validation_interval(trainer, batches) if val_loaders else None,
