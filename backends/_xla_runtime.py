@@ -7,13 +7,19 @@ else. Importing torch_xla changes a process (it patches torch and picks a device
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from xtrain.errors import BackendUnavailableError, explain
+
+if TYPE_CHECKING:
+    from ._xla_replicas import Meeting
 
 
 class Runtime:
@@ -21,9 +27,11 @@ class Runtime:
 
     Args:
         spmd: make one virtual device of all devices. Only possible before anything ran on them.
+        cache: folder for compiled graphs, or None. It takes effect if nothing was compiled yet.
 
     Attributes:
         device: the device of this process or thread.
+        meeting: set where several threads of this process launch graphs together.
         xm: ``torch_xla.core.xla_model``.
         xr: ``torch_xla.runtime``.
 
@@ -31,7 +39,8 @@ class Runtime:
         BackendUnavailableError: if the process has done something that XLA cannot follow.
     """
 
-    def __init__(self, spmd: bool = False) -> None:
+    def __init__(self, spmd: bool = False, cache: Path | None = None) -> None:
+        rehearse = os.environ.get("PJRT_DEVICE", "TPU").startswith("CPU")  # torch_xla makes CPU the default
         import torch_xla
         import torch_xla.core.xla_model as xm
         import torch_xla.debug.metrics as metrics
@@ -40,6 +49,10 @@ class Runtime:
         self.xm, self.xr, self._metrics = xm, xr, metrics
         self._private = torch_xla._XLAC
         self._sync = torch_xla.sync
+        self.meeting: Meeting | None = None
+        if cache is not None and not self._private._xla_computation_cache_is_initialized():
+            cache.mkdir(parents=True, exist_ok=True)
+            xr.initialize_cache(str(cache))
         if spmd and not xr.is_spmd():
             if self._private._xla_get_spmd_config_is_locked():
                 received = "a process that has already used the devices one by one"
@@ -47,6 +60,8 @@ class Runtime:
                 raise BackendUnavailableError(explain("a mesh before any device is used", received, fix))
             xr.use_spmd()
         self.device: torch.device = torch_xla.device()
+        if self.rehearsal and not rehearse:
+            raise BackendUnavailableError(explain("a TPU", "torch_xla found none", "PJRT_DEVICE=CPU python script.py"))
         self._check_autograd()
 
     def _check_autograd(self) -> None:
@@ -62,6 +77,13 @@ class Runtime:
                 explain("the XLA runtime to start before autograd is first used", received, fix)
             ) from error
 
+    @staticmethod
+    def replicas() -> int:
+        """Return the number of replicas a launcher started, 1 without one."""
+        import torch_xla.runtime as xr
+
+        return int(xr.world_size())
+
     @property
     def rehearsal(self) -> bool:
         """Whether the devices are the CPU's (``PJRT_DEVICE=CPU``)."""
@@ -71,7 +93,16 @@ class Runtime:
 
     def sync(self) -> None:
         """Launch everything that was traced, as one graph. Does not wait for it."""
-        self._sync()
+        if self.meeting is None:
+            self._sync()
+        else:
+            self.meeting.launch(self._sync)
+
+    def all_reduce(self, kind: str, tensors: list[Tensor], scale: float) -> list[Tensor]:
+        """Reduce fresh `tensors` in place over the replicas, multiply by `scale`, and return them."""
+        if tensors:
+            self.xm.all_reduce(kind, tensors, scale=scale)
+        return tensors
 
     def to_cpu(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return copies on the CPU, in one transfer; what was only traced is computed first."""
@@ -84,13 +115,14 @@ class Runtime:
 
         Args:
             tensors: on the CPU, any shapes and dtypes.
-            shardings: one spec per tensor (see `_xla_mesh`), or None without a mesh.
+            shardings: one result of `sharding` per tensor, or None without a mesh.
         """
         if not tensors:
             return []
         whole = [t.detach().contiguous() for t in tensors]
         devices = [str(self.device)] * len(whole)
-        moved: list[Tensor] = self._private._xla_tensors_from_aten(whole, devices, shardings)
+        specs = None if shardings is None else [s.xla_spec(t) for s, t in zip(shardings, whole, strict=True)]
+        moved: list[Tensor] = self._private._xla_tensors_from_aten(whole, devices, specs)
         return moved
 
     # ---------------------------------------------------------------- counters and random numbers
@@ -98,6 +130,42 @@ class Runtime:
     def compiles(self) -> int:
         """Return the number of graphs compiled in this process."""
         return int(self._metrics.counter_value("UncachedCompile") or 0)
+
+    def cache_counts(self) -> dict[str, int]:
+        """Return hits and misses of the persistent cache, and entries that could not be read."""
+        names = ("Hit", "Miss", "DeserializeFailure")
+        return {name: int(self._metrics.counter_value(f"PersistentCache{name}") or 0) for name in names}
+
+    def name_lines(self, on: bool) -> None:
+        """Let graphs remember the Python lines they come from; tracing takes half as long again."""
+        if bool(self._private._get_ir_debug()) != on:
+            self._private._set_ir_debug(on)
+
+    def graph_text(self, tensors: list[Tensor]) -> list[str]:
+        """Return the traced graph of `tensors`, a line per operation, without running numbers."""
+        text: str = self._private._get_xla_tensors_text(tensors)
+        return [re.sub(r"%\d+", "%", line) for line in text.splitlines()]
+
+    # ---------------------------------------------------------------- meshes
+
+    def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+        """Return all devices as a mesh."""
+        import torch_xla.distributed.spmd as spmd
+
+        return spmd.Mesh(list(range(self.xr.global_runtime_device_count())), shape, names)
+
+    def sharding(self, mesh: Any, split: tuple[Any, ...], part_of_global: bool = False) -> Any:
+        """Return how a tensor is laid out: an axis, several or None for each dimension.
+
+        Args:
+            mesh: from `mesh`.
+            split: one entry per dimension.
+            part_of_global: on several hosts, each one holds its own part of the whole tensor.
+        """
+        import torch_xla.distributed.spmd as spmd
+
+        several = part_of_global and self.xr.process_count() > 1
+        return spmd.ShardingSpec(mesh, split, minibatch=several)
 
     def seed(self, seed: int) -> None:
         """Set the state of the device's random generator."""

@@ -21,6 +21,7 @@ _TENSOR_LR = (Adam, AdamW, Adamax, NAdam, RAdam, ASGD)  # their capturable arith
 _CAPTURABLE = (*_TENSOR_LR, Rprop)
 # Instead of 0: the graph would change, and 0 * inf in Adam's step size is NaN where no gradient ever was.
 _TINY = 1e-30
+_SETTINGS: tuple[str, ...] = ("lr", "foreach", "fused", "capturable")
 
 Taken = dict[tuple[int, int], float]
 
@@ -51,7 +52,7 @@ class Step:
         if closure is not None and self._tensor_lr:  # the closure may look at the settings: call it before
             loss, closure = closure(), None
         groups = self._optimizer.param_groups
-        before = [{name: group[name] for name in ("lr", "foreach", "fused", "capturable") if name in group} for group in groups]
+        before = [{name: group[name] for name in _SETTINGS if name in group} for group in groups]
         try:
             for index, group in enumerate(groups):
                 self._prepare(index, group)

@@ -1,4 +1,4 @@
-"""The graph budget, counted by torch_xla itself: one execution per training step, no recompiles, no reads in between."""
+"""The graph budget, counted by torch_xla itself: one execution per step, no recompiles, no reads in between."""
 
 from __future__ import annotations
 

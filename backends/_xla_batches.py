@@ -1,0 +1,90 @@
+"""Batches on their way to the device: the smaller last one, and what can be split over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtrain.contract import map_tensors
+from xtrain.errors import ConfigurationError, explain
+
+LAST_BATCH = ("compile", "drop", "pad")
+Signature = tuple[tuple[tuple[int, ...], str], ...]
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors of a nested batch in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def signature(batch: Any) -> Signature:
+    """Return the shapes and dtypes of `batch`: a graph serves batches of one signature."""
+    return tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors_in(batch))
+
+
+def row_count(batch: Any) -> int | None:
+    """Return the first dimension of the first tensor that has one, or None."""
+    return next((t.size(0) for t in tensors_in(batch) if t.dim()), None)
+
+
+class TrainingBatches:
+    """A training loader whose smaller last batch is treated as the user chose.
+
+    Args:
+        loader: any iterable of batches; its attributes stay available.
+        mode: ``"compile"`` passes it on, ``"drop"`` leaves it out, ``"pad"`` fills it up and marks
+            the real rows: every batch, a dict, gets a float tensor ``"mask"`` of shape ``(rows,)``.
+        smaller: told about a smaller batch that is passed on or left out, and the full number of rows.
+    """
+
+    def __init__(self, loader: Any, mode: str, smaller: Callable[[Any, int], None]) -> None:
+        self._loader, self._mode, self._smaller = loader, mode, smaller
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        if self._mode == "drop":
+            raise TypeError("how many batches are left out is only known at the end")
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        full: int | None = None
+        for batch in self._loader:
+            rows = row_count(batch)
+            full = full or rows
+            if self._mode == "pad":
+                yield padded(batch, rows or 0, full or 0)
+            elif rows is None or full is None or rows >= full:
+                yield batch
+            else:
+                self._smaller(batch, full)
+                if self._mode == "compile":
+                    yield batch
+
+
+def padded(batch: Any, rows: int, full: int) -> Any:
+    """Return `batch` with `full` rows, the first one repeated, and its mask.
+
+    Raises:
+        ConfigurationError: unless it is a dict without a mask of its own.
+    """
+    if not isinstance(batch, dict) or "mask" in batch:
+        received = "a key 'mask' of its own" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+        fix = "a collate_fn that returns {'x': x, 'y': y}, or last_batch='drop'"
+        raise ConfigurationError(explain("dict batches for last_batch='pad', which adds batch['mask']", received, fix))
+
+    def fill(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.size(0) != rows:
+            return tensor
+        return torch.cat([tensor, tensor[:1].expand(full - rows, *tensor.shape[1:])])
+
+    filled = map_tensors(fill, batch) if rows < full else dict(batch)
+    return {**filled, "mask": (torch.arange(full) < rows).float()}

@@ -1,0 +1,106 @@
+"""Notices when Python asks for a value of a device tensor in the middle of a step, and where.
+
+Every such question launches what was traced so far and waits for it: the step becomes several graphs.
+The methods of `torch.Tensor` that ask are wrapped while a run goes on, and look at a flag of their
+thread first, so replicas in threads of one process do not see each other.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ASKING = ("item", "tolist", "numpy", "cpu", "to", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+_SHOWING = ("__repr__", "__format__")
+_NOT_THE_USER = tuple(
+    str(Path(file).parent) for file in (torch.__file__, sys.modules["xtrain"].__file__, __file__) if file
+)
+
+_thread = threading.local()
+_lock = threading.Lock()
+_installed: list[Any] = [0, {}]  # number of runs, and the attributes of torch.Tensor before the first of them
+
+
+class HostSyncs:
+    """What one run reports.
+
+    Args:
+        report: is given a sentence, once per line of the user's code.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Report what happens inside, in this thread."""
+        before = getattr(_thread, "watcher", None)
+        _thread.watcher = self
+        try:
+            yield
+        finally:
+            _thread.watcher = before
+
+    def seen(self, method: str) -> None:
+        """Report a call of ``Tensor.method``."""
+        self._report(
+            f"{user_line()} asks for a value (Tensor.{method}), so the step waits there for the device and becomes "
+            "several graphs. Keep it a tensor: self.log takes it as it is, torch.where replaces `if`."
+        )
+
+
+def user_line() -> str:
+    """Return file and line of the innermost frame that is neither torch nor xtrain."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def install() -> None:
+    """Wrap the methods; every call needs its own `uninstall`."""
+    with _lock:
+        _installed[0] += 1
+        if _installed[0] == 1:
+            for name in (*_ASKING, *_SHOWING):
+                _installed[1][name] = torch.Tensor.__dict__.get(name)
+                setattr(torch.Tensor, name, _wrapped(name, getattr(torch.Tensor, name)))
+
+
+def uninstall() -> None:
+    """Restore torch when the last run has ended."""
+    with _lock:
+        _installed[0] -= 1
+        if _installed[0] == 0:
+            for name, own in _installed[1].items():
+                delattr(torch.Tensor, name)
+                if own is not None:
+                    setattr(torch.Tensor, name, own)
+
+
+def _wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        watcher = getattr(_thread, "watcher", None)
+        if watcher is None or self.device.type != "xla" or (name == "to" and not _to_cpu(arguments, options)):
+            return method(self, *arguments, **options)
+        _thread.watcher = None  # what the method itself calls is the same question
+        try:
+            watcher.seen(name)
+            return method(self, *arguments, **options)
+        finally:
+            _thread.watcher = watcher
+
+    return call
+
+
+def _to_cpu(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    target = options.get("device", arguments[0] if arguments else None)
+    if isinstance(target, torch.Tensor):
+        target = target.device
+    return isinstance(target, str | torch.device) and torch.device(target).type == "cpu"
