@@ -1,0 +1,146 @@
+"""Two replicas, for real: threads of one process with a device each, as a launcher starts them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fresh import fresh
+from torch import nn
+
+from xtrain import LightningModule, Trainer
+
+WORLD = 2
+REPLICAS = {"CPU_NUM_DEVICES": str(WORLD), "PJRT_CPU_ASYNC_CLIENT": "0", "XLA_THREAD_POOL_SIZE": "8"}
+Kind = Callable[[Any, Any], None]
+_building = threading.Lock()
+
+
+class Net(LightningModule):
+    """Two networks with an optimizer each; `kind` says how their gradients come about.
+
+    Args:
+        kind: a name of `KINDS`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        with _building:  # threads share torch's generator
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.kind = kind
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.5) for net in (self.a, self.b)]
+
+    def loss(self, net: nn.Module, x: Any) -> Any:
+        return (net(x).tanh() - x[:, :4]).pow(2).mean()
+
+    def clip(self, opt: Any) -> None:
+        self.clip_gradients(opt, gradient_clip_val=0.05)
+
+    def training_step(self, x: Any, batch_idx: int) -> None:
+        getattr(self, self.kind)(x, batch_idx, *self.optimizers())
+        self.log("loss", self.loss(self.a, x), sync_dist=True)
+
+    def plain(self, x: Any, batch_idx: int, first: Any, second: Any) -> None:
+        for net, opt in ((self.a, first), (self.b, second)):
+            opt.zero_grad()
+            self.manual_backward(self.loss(net, x))
+            self.clip(opt)
+            opt.step()
+
+    def accumulate(self, x: Any, batch_idx: int, first: Any, second: Any, set_to_none: bool = True) -> None:
+        first.zero_grad(set_to_none=set_to_none)
+        for half in x.chunk(2):
+            self.manual_backward(self.loss(self.a, half) / 2)
+        self.clip(first)
+        first.step()
+
+    def keep_zeros(self, x: Any, batch_idx: int, first: Any, second: Any) -> None:
+        self.accumulate(x, batch_idx, first, second, set_to_none=False)
+
+    def frequencies(self, x: Any, batch_idx: int, first: Any, second: Any) -> None:
+        first.zero_grad()
+        self.manual_backward(self.loss(self.a, x) + self.loss(self.b, x))  # the second one accumulates
+        self.clip(first)
+        first.step()
+        if batch_idx % 3 == 2:
+            self.clip(second)
+            second.step()
+            second.zero_grad()
+
+
+def data(steps: int = 6) -> torch.Tensor:
+    return torch.randn(steps, WORLD * 8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def share(batch: torch.Tensor, rank: int) -> torch.Tensor:
+    """This rank's rows; halves of a full batch are halves of all shares."""
+    return batch.view(2, WORLD, -1, 6)[:, rank].reshape(-1, 6)
+
+
+def flat(module: nn.Module) -> list[float]:
+    from torch_xla._XLAC import _xla_get_cpu_tensors
+
+    parameters = [p.detach() for p in module.parameters()]
+    on_cpu = _xla_get_cpu_tensors(parameters) if parameters[0].device.type == "xla" else parameters
+    return [float(v) for p in on_cpu for v in p.flatten()]
+
+
+def in_replicas(work: Callable[[int], Any]) -> dict[int, Any]:
+    """Call ``work(rank)`` in one thread per device, as ``torch_xla.launch`` does."""
+    from torch_xla._internal import pjrt
+
+    found: dict[int, Any] = {}
+
+    def main(rank: int) -> None:
+        found[rank] = work(rank)
+
+    pjrt._run_thread_per_device(0, 1, pjrt._SpawnFn(main), pjrt.initialize_multiprocess)
+    return found
+
+
+KINDS = ("plain", "accumulate", "keep_zeros", "frequencies")
+
+
+def train(kind: str, rank: int, module: Net | None = None) -> tuple[Net, Trainer]:
+    module = module or Net(kind)
+    trainer = Trainer("tpu", max_epochs=1, enable_progress_bar=False, log_every_n_steps=3)
+    trainer.fit(module, [share(batch, rank) for batch in data()])
+    return module, trainer
+
+
+def all_kinds() -> dict[str, Any]:
+    found = in_replicas(lambda rank: {kind: run(kind, rank) for kind in KINDS})
+    plain = {}
+    for kind in KINDS:  # on full batches, after the runtime has started
+        module = Net(kind)
+        trainer = Trainer("cpu", max_epochs=1, enable_progress_bar=False)
+        trainer.fit(module, list(data()))
+        plain[kind] = flat(module)
+    return {"replicas": found, "plain": plain}
+
+
+def run(kind: str, rank: int) -> dict[str, Any]:
+    module, trainer = train(kind, rank)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    place = [trainer.global_rank, trainer.world_size, str(trainer.backend.device)]
+    return {"parameters": flat(module), "metrics": metrics, "place": place}
+
+
+def error(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_replicas_train_as_one_process_on_the_full_batch():
+    found = fresh(all_kinds, **REPLICAS)
+    for kind in KINDS:
+        first, second = (found["replicas"][str(rank)][kind] for rank in range(WORLD))
+        assert first["parameters"] == second["parameters"], f"{kind}: the replicas differ"
+        assert error(first["parameters"], found["plain"][kind]) < 1e-6, kind
+        assert first["metrics"] == second["metrics"], "sync_dist averages over the replicas"
+        assert [first["place"], second["place"]] == [[0, 2, "xla:0"], [1, 2, "xla:1"]]
