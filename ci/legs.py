@@ -61,6 +61,13 @@ LEGS = {
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.
     "oldest-torch": Leg("full", tests=_CORE),
+    # Real torch_xla on the CPU: one device for the common suite, then replicas and meshes of virtual ones.
+    "tpu": Leg(
+        "full",
+        tests=("tests/backends/test_tpu.py", "tests/tpu/test_*.py"),
+        variables={"PJRT_DEVICE": "CPU"},
+        minutes=30,
+    ),
     # On the CPU with gloo: one process for the common suite, two for every ZeRO stage.
     "deepspeed": Leg(
         "full",

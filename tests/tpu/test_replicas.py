@@ -84,11 +84,7 @@ def share(batch: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def flat(module: nn.Module) -> list[float]:
-    from torch_xla._XLAC import _xla_get_cpu_tensors
-
-    parameters = [p.detach() for p in module.parameters()]
-    on_cpu = _xla_get_cpu_tensors(parameters) if parameters[0].device.type == "xla" else parameters
-    return [float(v) for p in on_cpu for v in p.flatten()]
+    return [value for p in module.parameters() for value in p.detach().cpu().flatten().tolist()]
 
 
 def in_replicas(work: Callable[[int], Any]) -> dict[int, Any]:
