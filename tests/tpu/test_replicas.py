@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from fresh import fresh
 from torch import nn
 
-from xtrain import LightningModule, Trainer
+from xtrain import LightningModule, Trainer, errors
 
 WORLD = 2
 REPLICAS = {"CPU_NUM_DEVICES": str(WORLD), "PJRT_CPU_ASYNC_CLIENT": "0", "XLA_THREAD_POOL_SIZE": "8"}
@@ -140,3 +145,91 @@ def test_replicas_train_as_one_process_on_the_full_batch():
         assert error(first["parameters"], found["plain"][kind]) < 1e-6, kind
         assert first["metrics"] == second["metrics"], "sync_dist averages over the replicas"
         assert [first["place"], second["place"]] == [[0, 2, "xla:0"], [1, 2, "xla:1"]]
+
+
+# ---------------------------------------------------------------- that the test above can fail
+
+
+def by_hand(rank: int, how: str) -> list[float]:
+    """The same training without xtrain, wrong in one of two usual ways."""
+    import torch_xla.core.xla_model as xm
+    from xtrain_backends._xla_replicas import Meeting, Replicas
+    from xtrain_backends._xla_runtime import Runtime
+
+    runtime = Runtime()
+    runtime.meeting = Meeting.of_process(WORLD)
+    net = Net("plain").to(runtime.device)
+    pairs = list(zip((net.a, net.b), net.configure_optimizers(), strict=True))
+    runtime.sync()
+    for batch in data():
+        x = share(batch, rank).to(runtime.device)
+        for layer, opt in pairs:
+            opt.zero_grad()
+            net.loss(layer, x).backward()
+            nn.utils.clip_grad_norm_(layer.parameters(), 0.05)
+            if how == "clip, then average":
+                Replicas(runtime).average_gradients(list(layer.parameters()))
+                opt.step()
+            else:
+                xm.optimizer_step(opt)
+        runtime.sync()
+    return flat(net)
+
+
+def both_mistakes() -> dict[str, Any]:
+    hows = ("clip, then average", "clip, then xm.optimizer_step")
+    found = in_replicas(lambda rank: {how: by_hand(rank, how) for how in hows})
+    module = Net("plain")
+    Trainer("cpu", max_epochs=1, enable_progress_bar=False).fit(module, list(data()))
+    return {how: [error(found[0][how], flat(module)), error(found[0][how], found[1][how])] for how in hows}
+
+
+def test_clipping_first_and_the_plain_optimizer_step_would_be_noticed():
+    found = fresh(both_mistakes, **REPLICAS)
+    wrong, apart = found["clip, then average"]
+    assert wrong > 1e-3
+    assert apart == 0
+    wrong, apart = found["clip, then xm.optimizer_step"]
+    assert wrong > 1e-3
+    assert apart > 1e-3, "the replicas drift apart: nothing was averaged"
+
+
+# ---------------------------------------------------------------- launchers and settings
+
+
+SCRIPT = """
+import json, sys
+sys.path[:0] = {path!r}
+import torch_xla.runtime as xr
+from test_replicas import flat, train
+
+def main():
+    module, trainer = train("plain", xr.global_ordinal())
+    print("RESULT " + json.dumps([trainer.global_rank, trainer.world_size, flat(module)]) + "\\n", end="", flush=True)
+"""
+
+
+def test_accelerate_launch_starts_replicas(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(path=[p for p in sys.path if p]))
+    binary = Path(sys.executable).parent / "accelerate"
+    command = [binary, "launch", "--tpu", "--num_processes", "2", "--main_training_function", "main", script]
+    done = subprocess.run(
+        command, env={**os.environ, **REPLICAS}, cwd=tmp_path, capture_output=True, text=True, timeout=250
+    )
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert sorted(result[:2] for result in results) == [[0, 2], [1, 2]], done.stderr[-3000:]
+    assert results[0][2] == results[1][2]
+
+
+def without_settings() -> str:
+    try:
+        in_replicas(lambda rank: train("plain", rank))
+    except errors.ConfigurationError as problem:
+        return str(problem)
+    return "accepted"
+
+
+def test_replicas_on_the_cpu_say_which_settings_they_need():
+    found = fresh(without_settings, CPU_NUM_DEVICES="2", PJRT_CPU_ASYNC_CLIENT=None, XLA_THREAD_POOL_SIZE=None)
+    assert "PJRT_CPU_ASYNC_CLIENT=0 XLA_THREAD_POOL_SIZE=8" in found
