@@ -59,7 +59,7 @@ def move_optimizer(optimizer: Optimizer, runtime: Runtime, counts: bool = True, 
         if _on_cpu(value) and (counts or key != "step")
     ]
     tensors = [state[key] for state, key in places]
-    moved = runtime.to_device(tensors, None if layout is None else [layout(t) for t in tensors])
+    moved = _to_device(tensors, runtime, layout)
     for (state, key), tensor in zip(places, moved, strict=True):
         state[key] = tensor
 
@@ -84,12 +84,16 @@ def _move(tensors: Iterable[Tensor], runtime: Runtime, dtype: torch.dtype | None
         grads = [t.grad if t.is_leaf else None for t in wanted]
         held = [grad for grad in grads if grad is not None]
         whole = [_cast(t, dtype) for t in [*wanted, *held]]
-        new = runtime.to_device(whole, None if layout is None else [layout(t) for t in whole])
+        new = _to_device(whole, runtime, layout)
         new_grads = iter(new[len(wanted) :])
         for tensor, grad, moved in zip(wanted, grads, new, strict=False):
             _swap(tensor, moved)
             if grad is not None:
                 tensor.grad = next(new_grads)
+
+
+def _to_device(tensors: list[Tensor], runtime: Runtime, layout: Layout) -> list[Tensor]:
+    return runtime.to_device(tensors) if layout is None else runtime.spread(tensors, [layout(t) for t in tensors])
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -45,7 +45,8 @@ class Meeting:
             return cls._shared
 
     def launch(self, sync: Callable[[], None]) -> None:
-        """Call `sync` alone, then wait for the others."""
+        """Wait for the others, call `sync` alone, then wait again: a collective gives up after ten seconds."""
+        self._barrier.wait(self._PATIENCE)
         with self.lock:
             sync()
         self._barrier.wait(self._PATIENCE)

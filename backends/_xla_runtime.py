@@ -125,6 +125,15 @@ class Runtime:
         moved: list[Tensor] = self._private._xla_tensors_from_aten(whole, devices, specs)
         return moved
 
+    def spread(self, tensors: Sequence[Tensor], shardings: Sequence[Any]) -> list[Tensor]:
+        """Return copies on the device, each split as told; unlike `to_device` along some axes of a mesh only."""
+        import torch_xla.distributed.spmd as spmd
+
+        moved = [t.detach().to(self.device) for t in tensors]
+        for tensor, sharding in zip(moved, shardings, strict=True):
+            spmd.mark_sharding(tensor, sharding.mesh, sharding.partition_spec)
+        return moved
+
     # ---------------------------------------------------------------- counters and random numbers
 
     def compiles(self) -> int:
