@@ -72,8 +72,8 @@ class Replicas(Collectives):
         return self._settled(reduced).to(tensor.device)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        here = tensor.detach().to(self._runtime.device)
-        return self._settled(self._runtime.xm.all_gather(here.unsqueeze(0))).to(tensor.device)
+        mine = torch.arange(self.world_size).view(-1, *[1] * tensor.dim()) == self.rank
+        return self._sum_where(mine, tensor)
 
     def broadcast(self, value: T, source: int = 0) -> T:
         if isinstance(value, Tensor):
@@ -104,11 +104,18 @@ class Replicas(Collectives):
                 tensor.copy_(self._from(0, tensor))
 
     def _from(self, source: int, tensor: Tensor) -> Tensor:
-        """Return the tensor of rank `source`: the others add zeros. Every rank traces the same graph."""
-        (mine,) = self._runtime.to_device([torch.tensor(self.rank == source)])
+        """Return the tensor of rank `source`."""
+        return self._sum_where(torch.tensor(self.rank == source), tensor)
+
+    def _sum_where(self, mine: Tensor, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks of `tensor` where `mine`, 0 elsewhere.
+
+        Every rank traces the same graph, in which its number is data: graphs that differ would not meet.
+        """
+        (mask,) = self._runtime.to_device([mine])
         here = tensor.detach().to(self._runtime.device)
         number = here.to(torch.int32) if here.dtype is torch.bool else here
-        (total,) = self._runtime.all_reduce("sum", [torch.where(mine, number, torch.zeros_like(number))], 1.0)
+        (total,) = self._runtime.all_reduce("sum", [torch.where(mask, number, torch.zeros_like(number))], 1.0)
         return self._settled(total).to(tensor.device, tensor.dtype)
 
     def _settled(self, tensor: Tensor) -> Tensor:
