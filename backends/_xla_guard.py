@@ -39,6 +39,7 @@ class RecompileGuard:
         self._runtime, self._strict, self._report = runtime, strict, report
         self._verbs: list[tuple[str, int]] = []
         self._signature: Signature = ()
+        self._losses: list[Tensor] = []
         self._seen: dict[tuple[tuple[tuple[str, int], ...], Signature], int] = {}
         self._last_signature: dict[tuple[tuple[str, int], ...], Signature] = {}
         self._expected: set[Signature] = set()
@@ -50,6 +51,11 @@ class RecompileGuard:
     def verb(self, name: str, optimizer: object) -> None:
         """Note what the step does."""
         self._verbs.append((name, id(optimizer)))
+
+    def loss(self, loss: Tensor) -> None:
+        """Keep a loss until the launch, if graphs are written down: only the forward knows its lines."""
+        if self._strict or self._search:
+            self._losses.append(loss.detach())
 
     def batch(self, signature: Signature) -> None:
         """Note what it does it with."""
@@ -68,7 +74,8 @@ class RecompileGuard:
         """Write the traced graph down, if its lines may be needed."""
         if not (self._strict or self._search):
             return None
-        return self._runtime.graph_text(list(parameters))
+        losses, self._losses = self._losses, []
+        return self._runtime.graph_text([*parameters, *losses])
 
     def launched(self, graph: list[str] | None) -> None:
         """End a step.
@@ -126,6 +133,6 @@ def _same_shapes(old: Sequence[str] | None, new: Sequence[str] | None) -> str:
     if old is None or new is None:
         return f"a batch of the same shape: {cause} (with strict=True the line is named)"
     changed = [line for line in difflib.unified_diff(old, new, n=0, lineterm="") if re.match(r"[+-] *[^+-]", line)]
-    lines = [m.group(1) for line in changed if (m := re.search(r"location=(\S+)", line))]
+    lines = [m.group(1) for line in changed if (m := re.search(r"location=([^\s,]+)", line))]
     where = next((line for line in lines if "site-packages" not in line), lines[0] if lines else "an unknown line")
     return f"a batch of the same shape: {cause}, at {where}"

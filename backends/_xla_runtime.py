@@ -153,7 +153,7 @@ class Runtime:
     def graph_text(self, tensors: list[Tensor]) -> list[str]:
         """Return the traced graph of `tensors`, a line per operation, without running numbers."""
         text: str = self._private._get_xla_tensors_text(tensors)
-        return [re.sub(r"%\d+", "%", line) for line in text.splitlines()]
+        return [re.sub(r"%\d+|scope=\S+", "%", line) for line in text.splitlines()]
 
     # ---------------------------------------------------------------- meshes
 

@@ -124,7 +124,7 @@ def test_strict_raises_and_names_the_line():
     with pytest.raises(RecompileError) as caught:
         fit(Net(factor=half_then_zero), [rows(5)] * 9, strict=True)  # a shape that this process has not compiled yet
     assert "training_step@" in str(caught.value)
-    assert f"test_notices.py:{line_of(Net.training_step, 5).rsplit(':', 1)[1]}" in str(caught.value)
+    assert f"test_notices.py:{line_of(Net.training_step, 6).rsplit(':', 1)[1]}" in str(caught.value)
 
 
 def test_another_shape_or_dtype_is_reported_with_both(caplog):
