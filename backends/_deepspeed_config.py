@@ -15,6 +15,7 @@ from xtrain.precision import Precision
 
 Config = dict[str, Any]
 
+_BUCKET = 2**23  # elements, 32 MB in fp32: as large as pays for a reduction
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _DEVICES = ("cpu", "none")
 
@@ -143,7 +144,9 @@ def engine_config(config: Config, parameters: Iterable[Any], precision: Precisio
     zero = result["zero_optimization"]
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     # DeepSpeed allocates the whole bucket for each engine: 2 GB by default, however small the model.
-    zero["reduce_bucket_size"] = max(8, min(int(zero.get("reduce_bucket_size", 5e8)), count))
+    zero["reduce_bucket_size"] = max(8, min(int(zero.get("reduce_bucket_size", _BUCKET)), count))
+    if zero["stage"] in (1, 2) and zero.get("offload_optimizer", {}).get("device", "none") == "none":
+        zero.setdefault("compute_grad_norm", False)  # xtrain computes it when it is asked to clip
     zero.setdefault("overlap_comm", False)
     return result
 

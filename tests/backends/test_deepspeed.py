@@ -1,4 +1,4 @@
-"""The deepspeed backend, held to the conformance suite; more processes and stages: tests/test_deepspeed_backend.py."""
+"""The deepspeed backend, held to the conformance suite; more processes and stages: tests/zero."""
 
 import torch
 
@@ -14,6 +14,13 @@ def frozen(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
 
 
+def with_state(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.state[first]["momentum_buffer"] = torch.ones_like(first)
+    return optimizer
+
+
 class TestDeepSpeed(BackendConformance):
     backend = "deepspeed"
     precisions = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -22,4 +29,5 @@ class TestDeepSpeed(BackendConformance):
     provocations = {
         "deepspeed-adagrad": Provocation(lambda: Closure(torch.optim.Adagrad)),
         "deepspeed-frozen": Provocation(lambda: Closure(frozen)),
+        "deepspeed-state": Provocation(lambda: Closure(with_state)),
     }

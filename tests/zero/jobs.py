@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import xtrain
-from xtrain.testing.experiments import make_trainer, outcome_of
+from xtrain.testing.experiments import as_loader, make_trainer, outcome_of
 from xtrain.testing.modules import ClippedGan, Gan, OneOptimizer, Recorder
 from xtrain.testing.modules_more import GradientPenalty
 from xtrain.testing.networks import batches, networks, regression, sgd
@@ -110,12 +110,12 @@ def looks(options, world_size, rank):
     module = Looks()
     run = make_trainer("deepspeed", "32-true", options, max_epochs=1)
     data = batches(2, world_size, rank)
-    run.fit(module, data, torch.utils.data.DataLoader(data, batch_size=None))
+    run.fit(module, data, as_loader(data))
     after = {"attributes": [name for m in module.modules() for name in vars(m) if "ds_" in name]}
     after["parameters"] = [list(vars(p)) for p in module.parameters()]
     after["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
     after["sizes"], after["image"] = module.sizes(), module.G(torch.ones(1, 3)).flatten().tolist()
-    after["predicted"] = len(run.predict(copy.deepcopy(module), torch.utils.data.DataLoader(data, batch_size=None)))
+    after["predicted"] = len(run.predict(copy.deepcopy(module), as_loader(data)))
     run.max_epochs = 2  # train on, with new engines
     run.fit(module, data)
     return module.notes, after

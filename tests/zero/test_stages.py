@@ -150,11 +150,14 @@ def test_an_exception_of_the_user_arrives(pair, stage):
         pair.run(partial(jobs.raises, {"stage": stage}))
 
 
-@by_stage
-def test_a_nan_gradient_is_skipped_where_deepspeed_partitions(pair, stage):
-    for applied, finite in pair.run(partial(jobs.poisoned, {"stage": stage})):
-        assert applied == [True, stage == 0, True, True]
-        assert finite is (stage > 0)
+@pytest.mark.parametrize(
+    ("stage", "offload", "skips"), [(0, None, False), (2, None, False), (2, "cpu", True), (3, None, True)]
+)
+def test_a_nan_gradient_is_applied_as_in_torch_or_skipped(pair, stage, offload, skips):
+    options = {"stage": stage, "offload_optimizer": offload}
+    for applied, finite in pair.run(partial(jobs.poisoned, options)):
+        assert applied == [True, not skips, True, True]
+        assert finite is skips
 
 
 # ---------------------------------------------------------------- what is refused
