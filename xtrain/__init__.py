@@ -8,9 +8,11 @@ from xtrain.data import LightningDataModule as LightningDataModule
 from xtrain.errors import BackendContractError as BackendContractError
 from xtrain.errors import BackendUnavailableError as BackendUnavailableError
 from xtrain.errors import ConfigurationError as ConfigurationError
+from xtrain.errors import LaunchError as LaunchError
 from xtrain.errors import MissingDependencyError as MissingDependencyError
 from xtrain.errors import NonFiniteLossError as NonFiniteLossError
 from xtrain.errors import ProtocolError as ProtocolError
+from xtrain.errors import RankFailedError as RankFailedError
 from xtrain.errors import UnknownBackendError as UnknownBackendError
 from xtrain.errors import UnsupportedCombinationError as UnsupportedCombinationError
 from xtrain.errors import XTrainError as XTrainError
@@ -28,6 +30,7 @@ __all__ = [
     "Callback",
     "Capabilities",
     "ConfigurationError",
+    "LaunchError",
     "LightningDataModule",
     "LightningModule",
     "LightningOptimizer",
@@ -35,6 +38,7 @@ __all__ = [
     "NonFiniteLossError",
     "ProgressBar",
     "ProtocolError",
+    "RankFailedError",
     "Trainer",
     "UnknownBackendError",
     "UnsupportedCombinationError",

@@ -42,6 +42,14 @@ class NonFiniteLossError(XTrainError, FloatingPointError):
     """A loss became NaN or infinite and the Trainer was told to stop."""
 
 
+class LaunchError(XTrainError, RuntimeError):
+    """The processes of a run could not be started, or did not find each other."""
+
+
+class RankFailedError(XTrainError, RuntimeError):
+    """Another process of the run failed; the message has its first error."""
+
+
 class UnsupportedCombinationError(XTrainError, RuntimeError):
     """Backend, precision, optimizers and flags do not go together.
 
