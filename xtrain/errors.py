@@ -63,6 +63,9 @@ class UnsupportedCombinationError(XTrainError, RuntimeError):
         head = f"{count} unsupported combination{'s' if count > 1 else ''} (nothing was trained):"
         super().__init__("\n".join([head, *(f"  {i}. {v}" for i, v in enumerate(self.violations, 1))]))
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return type(self), (self.violations,)  # how it travels between processes
+
 
 def explain(expected: str, received: object, fix: str | None = None) -> str:
     """Return the message of an error: what was expected, what came, and the corrected line."""
