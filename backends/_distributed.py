@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -60,6 +61,16 @@ class TorchCollectives(Collectives):
         box: list[Any] = [value]
         dist.broadcast_object_list(box, source)
         return box[0]  # type: ignore[no-any-return]
+
+    def all_true(self, flag: bool) -> Callable[[], bool]:
+        lowest = torch.tensor([flag], dtype=torch.uint8)
+        work = dist.all_reduce(lowest, dist.ReduceOp.MIN, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(lowest.item())
+
+        return answer
 
     def barrier(self) -> None:
         dist.barrier()
