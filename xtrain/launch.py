@@ -62,6 +62,9 @@ class World:
         if first is not None:
             self._shown_by_rank_0 = RankFailedError(str(first))
             raise self._shown_by_rank_0 from None
+        if lost and self.children is not None:
+            fix = "the same calls on every rank, or backend_options={'timeout': 3600} for a slow one"
+            raise RankFailedError(explain("every rank to come to the same step", str(error), fix)) from error
         if isinstance(error, Exception) and not lost and self.children is None:
             text = "".join(traceback.format_exception(error))
             self.board.write(Failure(self.launch.rank, f"{type(error).__name__}: {error}", text))

@@ -174,7 +174,7 @@ def exit_text(status: int) -> str:
     if status == 0:
         return "it ended before the run was over (does every rank come to the same Trainer.fit?)"
     if status > 0:
-        return f"it ended with exit status {status}; its traceback is above"
+        return f"it ended with exit status {status}; what it printed is above"
     name = signal.Signals(-status).name
     return f"it was killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
 
