@@ -96,7 +96,7 @@ def _average_sparse(parameter: Tensor, world: int) -> None:
     if gradient is None:
         indices = torch.empty((1, 0), dtype=torch.long, device=parameter.device)
         values = torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
-        gradient = torch.sparse_coo_tensor(indices, values, parameter.shape)
+        gradient = torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)
     whole = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce() / world
     dist.all_reduce(whole)
     parameter.grad = whole

@@ -38,6 +38,7 @@ PUBLIC = {
     "UnknownBackendError",
     "UnsupportedCombinationError",
     "XTrainError",
+    "rank_zero_only",
     "register_backend",
     "seed_everything",
 }

@@ -16,6 +16,7 @@ from xtrain.errors import RankFailedError as RankFailedError
 from xtrain.errors import UnknownBackendError as UnknownBackendError
 from xtrain.errors import UnsupportedCombinationError as UnsupportedCombinationError
 from xtrain.errors import XTrainError as XTrainError
+from xtrain.launch import rank_zero_only as rank_zero_only
 from xtrain.module import LightningModule as LightningModule
 from xtrain.optimizer import LightningOptimizer as LightningOptimizer
 from xtrain.registry import register_backend as register_backend
@@ -43,6 +44,7 @@ __all__ = [
     "UnknownBackendError",
     "UnsupportedCombinationError",
     "XTrainError",
+    "rank_zero_only",
     "register_backend",
     "seed_everything",
 ]

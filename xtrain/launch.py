@@ -6,17 +6,21 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import distributed as dist
 
 from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
 from xtrain.launcher import LAUNCH_ID, Launch, detect_launcher
 from xtrain.launcher_children import GRACE, Board, Children, Failure, follow_parent, wait_for
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 JOIN_SECONDS = 300.0
 """How long the processes of a run wait for each other at the start."""
@@ -109,6 +113,20 @@ def join(devices: int | None = None, seconds: float = JOIN_SECONDS) -> World | N
     _world = _start(devices or 1) if not launch.joined else _meet_at(launch, seconds)
     _gather(_world, seconds)
     return _world
+
+
+def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Return `function`, doing nothing and returning None on every process but the first.
+
+    It works inside and outside of a run: for what a script writes or prints. Nothing in it may talk to
+    the other processes, which do not come there.
+    """
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return function(*args, **kwargs) if current_launch().rank == 0 else None
+
+    return wrapper
 
 
 @contextmanager
