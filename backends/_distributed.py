@@ -1,8 +1,9 @@
-"""`torch.distributed` as the `Collectives` of a run: one group per process, joined once."""
+"""`torch.distributed` as the `Collectives` of a run: one process group, joined once."""
 
 from __future__ import annotations
 
-import os
+import atexit
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -10,45 +11,66 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from xtrain import launch
 from xtrain.contract import Collectives, ReduceOp
 
 T = TypeVar("T")
 
-_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_stores: Any = dist  # torch exports its stores without declaring them
+_OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# A CUDA run talks about host values too: fingerprints, objects, which gradients there are.
+_GROUPS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 
 
 class TorchCollectives(Collectives):
     """The collectives of the default process group.
 
     Args:
-        device: where tensors must be for the group to send them.
+        device: of this process; tensors from elsewhere travel through it.
+        local_rank: of this process.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, local_rank: int) -> None:
+        self.device, self.local_rank = device, local_rank
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Return a contiguous copy of `tensor` that the group can send."""
+        return tensor.detach().to(self.device, copy=True).contiguous()
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
-        reduced = tensor.detach().to(self.device, copy=True)
-        dist.all_reduce(reduced, _OPERATIONS["sum" if op == "mean" else op])
+        reduced = self._own(tensor)
+        if op == "mean" and not reduced.dtype.is_floating_point:
+            reduced = reduced.double()
+        dist.all_reduce(reduced, _OPERATIONS[op])
         if op == "mean":
             reduced /= self.world_size
         return reduced.to(tensor.device)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.detach().to(self.device).contiguous())
+        own = self._own(tensor)
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(parts, own)
         return torch.stack(parts).to(tensor.device)
 
     def broadcast(self, value: T, source: int = 0) -> T:
         if isinstance(value, Tensor):
-            sent = value.detach().to(self.device, copy=True)
+            sent = self._own(value)
             dist.broadcast(sent, source)
             return sent.to(value.device)  # type: ignore[return-value]
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, source, device=self.device)
+        dist.broadcast_object_list(box, source)
         return box[0]  # type: ignore[no-any-return]
+
+    def all_true(self, flag: bool) -> Callable[[], bool]:
+        lowest = torch.tensor([flag], dtype=torch.uint8)
+        work = dist.all_reduce(lowest, dist.ReduceOp.MIN, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(lowest.item())
+
+        return answer
 
     def barrier(self) -> None:
         dist.barrier()
@@ -58,23 +80,49 @@ def join_processes(
     kind: Literal["gloo", "nccl"],
     device: torch.device,
     *,
+    devices: int | None = None,
     always: bool = False,
     timeout: timedelta = timedelta(minutes=10),
 ) -> Collectives:
-    """Join the process group that the launcher's environment describes.
+    """Join the process group that the launcher's environment describes, or start the missing processes.
 
     Args:
         kind: the library that communicates.
         device: the device of this process.
+        devices: processes the script asks for on this machine; None takes what the launcher started.
         always: make a group of one process too, for libraries that insist on a group.
         timeout: how long a collective waits for the other processes.
+
+    Raises:
+        ConfigurationError: if `devices` contradicts the launcher.
+        LaunchError: if the processes do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 and not always:
-        return Collectives()
+    world = launch.join(devices)
     if not dist.is_initialized():
-        if world_size == 1:
-            dist.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+        if world is not None:
+            place = world.launch
+            store = _stores.PrefixStore("xtrain", world.store)
+            dist.init_process_group(
+                _GROUPS[kind], store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+            )
+        elif always:
+            dist.init_process_group(_GROUPS[kind], store=_stores.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(kind, timeout=timeout)
-    return TorchCollectives(device)
+            return Collectives()
+        # A group that outlives the interpreter now and then aborts it: its threads still hold tensors.
+        atexit.register(_leave)
+    if dist.get_world_size() == 1 and not always:
+        return Collectives()
+    return TorchCollectives(device, launch.current_launch().local_rank)
+
+
+def gather_objects(value: Any, world_size: int) -> list[Any]:
+    """Return what each rank passed (anything picklable), in order of rank."""
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -13,12 +13,16 @@ from ._eager import EagerBackend
 
 @final
 class CPU(EagerBackend):
-    """Trains on the CPU, in fp32, under autocast (fp16 with the loss scaler, bf16) or in bf16."""
+    """Trains on the CPU, in fp32, under autocast (fp16 with the loss scaler, bf16) or in bf16.
+
+    With several processes (gloo) gradients are averaged; see `EagerBackend` for the options.
+    """
 
     name = "cpu"
     capabilities = Capabilities(
         precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
         asynchronous=False,
+        multi_process=True,
     )
 
     @classmethod
@@ -27,3 +31,4 @@ class CPU(EagerBackend):
 
     def launch(self) -> None:
         self.device = torch.device("cpu")
+        self._join("gloo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, final
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from xtrain.contract import Capabilities
 from xtrain.errors import ConfigurationError, explain
+from xtrain.launch import current_launch
 from xtrain.rules import Rule, Situation
 
 from ._eager import EagerBackend
@@ -23,17 +23,21 @@ def _bf16_missing(situation: Situation) -> str | None:
 
 @final
 class CUDA(EagerBackend):
-    """Trains on the GPU numbered LOCAL_RANK (0 without a launcher).
+    """Trains on the GPU numbered LOCAL_RANK (0 without a launcher); several processes talk through nccl.
 
     Batches are pinned and copied without blocking; fused and foreach optimizers work as they are,
     since gradients are unscaled before they are clipped and stepped.
 
     Args:
         pin_memory: copy batches through page-locked memory, so that the copy overlaps with compute.
+        broadcast_start: see `EagerBackend`.
+        timeout: likewise.
     """
 
     name = "cuda"
-    capabilities = Capabilities(precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"}))
+    capabilities = Capabilities(
+        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"}), multi_process=True
+    )
     rules = (
         Rule(
             "cuda-bf16",
@@ -45,7 +49,8 @@ class CUDA(EagerBackend):
         ),
     )
 
-    def __init__(self, pin_memory: bool = True) -> None:
+    def __init__(self, pin_memory: bool = True, broadcast_start: bool = False, timeout: float = 600.0) -> None:
+        super().__init__(broadcast_start, timeout)
         self.pin_memory = pin_memory
 
     @classmethod
@@ -57,18 +62,14 @@ class CUDA(EagerBackend):
         return "no CUDA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use backend='cpu'"
 
     def launch(self) -> None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ConfigurationError(
-                explain(
-                    f"LOCAL_RANK below the number of visible GPUs, {count}",
-                    local_rank,
-                    f"torchrun --nproc_per_node={count} script.py",
-                )
-            )
-        self.device = torch.device("cuda", local_rank)
+        launch, count = current_launch(), torch.cuda.device_count()
+        wanted = max(launch.local_rank + 1, self.devices or 1)
+        if wanted > count:
+            fix = f"Trainer(devices={count}), or torchrun --nproc_per_node={count} script.py"
+            raise ConfigurationError(explain(f"at most {count} processes, one per visible GPU", wanted, fix))
+        self.device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(self.device)
+        self._join("nccl")
 
     def _move(self, tensor: Tensor) -> Tensor:
         if self.pin_memory and tensor.device.type == "cpu" and not tensor.is_pinned():

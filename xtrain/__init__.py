@@ -8,12 +8,15 @@ from xtrain.data import LightningDataModule as LightningDataModule
 from xtrain.errors import BackendContractError as BackendContractError
 from xtrain.errors import BackendUnavailableError as BackendUnavailableError
 from xtrain.errors import ConfigurationError as ConfigurationError
+from xtrain.errors import LaunchError as LaunchError
 from xtrain.errors import MissingDependencyError as MissingDependencyError
 from xtrain.errors import NonFiniteLossError as NonFiniteLossError
 from xtrain.errors import ProtocolError as ProtocolError
+from xtrain.errors import RankFailedError as RankFailedError
 from xtrain.errors import UnknownBackendError as UnknownBackendError
 from xtrain.errors import UnsupportedCombinationError as UnsupportedCombinationError
 from xtrain.errors import XTrainError as XTrainError
+from xtrain.launch import rank_zero_only as rank_zero_only
 from xtrain.module import LightningModule as LightningModule
 from xtrain.optimizer import LightningOptimizer as LightningOptimizer
 from xtrain.registry import register_backend as register_backend
@@ -28,6 +31,7 @@ __all__ = [
     "Callback",
     "Capabilities",
     "ConfigurationError",
+    "LaunchError",
     "LightningDataModule",
     "LightningModule",
     "LightningOptimizer",
@@ -35,10 +39,12 @@ __all__ = [
     "NonFiniteLossError",
     "ProgressBar",
     "ProtocolError",
+    "RankFailedError",
     "Trainer",
     "UnknownBackendError",
     "UnsupportedCombinationError",
     "XTrainError",
+    "rank_zero_only",
     "register_backend",
     "seed_everything",
 ]

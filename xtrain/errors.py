@@ -42,6 +42,14 @@ class NonFiniteLossError(XTrainError, FloatingPointError):
     """A loss became NaN or infinite and the Trainer was told to stop."""
 
 
+class LaunchError(XTrainError, RuntimeError):
+    """The processes of a run could not be started, or did not find each other."""
+
+
+class RankFailedError(XTrainError, RuntimeError):
+    """Another process of the run failed; the message has its first error."""
+
+
 class UnsupportedCombinationError(XTrainError, RuntimeError):
     """Backend, precision, optimizers and flags do not go together.
 
@@ -54,6 +62,9 @@ class UnsupportedCombinationError(XTrainError, RuntimeError):
         count = len(self.violations)
         head = f"{count} unsupported combination{'s' if count > 1 else ''} (nothing was trained):"
         super().__init__("\n".join([head, *(f"  {i}. {v}" for i, v in enumerate(self.violations, 1))]))
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return type(self), (self.violations,)  # how it travels between processes
 
 
 def explain(expected: str, received: object, fix: str | None = None) -> str:

@@ -11,6 +11,7 @@ from xtrain.configure import check_monitors, read_optimizers
 from xtrain.data import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
 from xtrain.hooks import collect_hooks
+from xtrain.launch import together
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
 from xtrain.rules import Situation, check_rules
@@ -46,8 +47,8 @@ def running(
     reason = type(backend).available()
     if reason is not None:
         raise BackendUnavailableError(f"Backend '{backend.name}' cannot run here: {reason}.")
-    backend.launch()
-    with ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
+    with together(), ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
+        backend.launch()
         clean_up.callback(backend.teardown)
         _attach(trainer, stage, module, datamodule)
         clean_up.callback(_detach, trainer, module)

@@ -7,6 +7,7 @@ from typing import Any
 
 from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, explain
+from xtrain.launcher_auto import AUTO
 from xtrain.registry import registered_backends
 
 ACCELERATORS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu", "xla": "tpu"}
@@ -33,6 +34,9 @@ def read_backend(
     Raises:
         ConfigurationError: for an unknown spelling, or two that disagree.
     """
+    default = DEFAULT_BACKEND
+    if backend == AUTO:
+        backend, default = None, AUTO
     named: dict[str, str] = {}
     if accelerator not in (None, "auto"):
         named[f"accelerator={accelerator!r}"] = _look_up("accelerator", accelerator, ACCELERATORS)
@@ -49,7 +53,7 @@ def read_backend(
                     explain(f"backend and {spelling} to agree", f"backend={name!r}", f"Trainer(backend={other!r})")
                 )
         return backend, {**options, **(given or {})}
-    return next(iter(named.values()), DEFAULT_BACKEND), {**options, **(given or {})}
+    return next(iter(named.values()), default), {**options, **(given or {})}
 
 
 def _look_up(flag: str, value: Any, table: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
@@ -16,6 +16,8 @@ from xtrain.loggers.base import Logger
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
 from xtrain.plan import FitPlan
+
+T = TypeVar("T")
 
 
 class TrainerState:
@@ -83,6 +85,14 @@ class TrainerState:
             return self.max_steps if self.max_steps >= 0 else float("inf")
         total = -(-batches // self.accumulate_grad_batches) * epochs
         return total if self.max_steps < 0 else min(total, self.max_steps)
+
+    def barrier(self) -> None:
+        """Wait for all ranks of the run; every one must come here."""
+        self.backend.collectives.barrier()
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return `value` (a tensor, or anything picklable) of rank `source` on every rank."""
+        return self.backend.collectives.broadcast(value, source)
 
     def print(self, *values: Any) -> None:
         """Print on rank 0, above the progress bar if there is one."""

@@ -16,12 +16,12 @@ from xtrain.contract import Backend, check_clip_value
 from xtrain.data import LightningDataModule, as_loaders, empty_loader, find_loader, make_transfer
 from xtrain.errors import ConfigurationError, explain
 from xtrain.evaluation import accept_arguments, evaluate
+from xtrain.launcher_auto import settle
 from xtrain.log import MetricLog
 from xtrain.loggers import as_loggers
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
 from xtrain.plan import FitPlan, plan_fit
-from xtrain.precision import resolve_precision
 from xtrain.registry import make_backend
 from xtrain.running import running
 from xtrain.sharding import shard_loader
@@ -33,9 +33,11 @@ class Trainer(TrainerState):
     """Runs a `LightningModule` on one backend.
 
     Args:
-        backend: a registered name (``xtrain backends`` lists them) or a `Backend` instance.
+        backend: a registered name (``xtrain backends`` lists them), a `Backend` instance, or ``"auto"``: what
+            the launcher asks for, else a GPU if there is one, else the CPU.
         backend_options: keyword arguments of the backend, if it is given by name.
-        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"bf16-true"`` or ``"16-true"``.
+        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"bf16-true"`` or ``"16-true"``; None
+            takes what ``accelerate launch`` says, else ``"32-true"``.
         scaler_kwargs: options of the loss scaler of ``16-mixed``, named as `torch.amp.GradScaler`'s.
         devices: number of devices; None or "auto" takes what the launcher started, or one.
         accelerator: Lightning's spelling of the backend, understood for modules that move over.
@@ -73,7 +75,7 @@ class Trainer(TrainerState):
         backend: str | Backend | None = None,
         *,
         backend_options: Mapping[str, Any] | None = None,
-        precision: str | int | None = "32-true",
+        precision: str | int | None = None,
         scaler_kwargs: dict[str, Any] | None = None,
         devices: int | str | None = None,
         accelerator: str | None = None,
@@ -100,9 +102,10 @@ class Trainer(TrainerState):
         default_root_dir: str | os.PathLike[str] | None = None,
         inference_mode: bool = True,
     ) -> None:
-        self.backend = make_backend(*read_backend(backend, accelerator, strategy, backend_options))
-        self.backend.precision = self.precision = resolve_precision(precision)
-        self.backend.scaler_kwargs = scaler_kwargs
+        chosen, options = read_backend(backend, accelerator, strategy, backend_options)
+        chosen, self.precision = settle(chosen, precision, devices)
+        self.backend = make_backend(chosen, options)
+        self.backend.precision, self.backend.scaler_kwargs = self.precision, scaler_kwargs
         self.backend.devices = None if devices == "auto" else check_count("devices", devices, 1)
         quick = check_count("fast_dev_run", int(fast_dev_run), 0)
         self.max_epochs = 1 if quick else check_count("max_epochs", max_epochs, -1)

@@ -7,14 +7,13 @@ can be pickled, so that a launcher may send it to other processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from xtrain import Trainer
 from xtrain.contract import Backend, Capabilities
@@ -238,9 +237,22 @@ def perform(
     return outcome_of(module, trainer)
 
 
-def as_loader(data: list[Batch]) -> Any:
-    """Return a loader of ready batches, or None for none; a list would mean several loaders to evaluate."""
-    return DataLoader(data, batch_size=None) if data else None  # type: ignore[arg-type]  # a list is a dataset
+class Ready:
+    """Batches to evaluate that are this rank's already; a list would mean several loaders, a DataLoader is sharded."""
+
+    def __init__(self, data: list[Batch]) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._data)
+
+
+def as_loader(data: list[Batch]) -> Ready | None:
+    """Return a loader of ready batches, or None for none."""
+    return Ready(data) if data else None
 
 
 def expect(experiment: Experiment, precision: str, device: str = "cpu") -> Outcome:

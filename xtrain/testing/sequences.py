@@ -141,10 +141,10 @@ def _networks(generator: Mlp, discriminator: Mlp) -> list[Mlp]:
 
 
 def _loss(nets: list[Mlp], batch: Batch, which: int, count: int) -> Tensor:
-    """Return loss `which` (0-dim); network 0 is fed latents, the others samples."""
+    """Return loss `which` (0-dim), a mean over rows; network 0 is fed latents, the others samples."""
     x, z = batch
-    outputs = [nets[i](x if i else z).mean() for i in (range(count) if which == JOINT else [which])]
-    return (torch.stack(outputs).sum() - 1.0).square()
+    outputs = [nets[i](x if i else z).mean(1) for i in (range(count) if which == JOINT else [which])]
+    return (torch.stack(outputs).sum(0) - 1.0).square().mean()
 
 
 def _optimizers(nets: list[Mlp], count: int) -> tuple[list[Optimizer], list[ExponentialLR]]:

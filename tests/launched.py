@@ -1,0 +1,96 @@
+"""A script that trains on several processes and tells what came of it: started by the tests of launching."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from xtrain import LightningModule, Trainer, seed_everything
+from xtrain.testing.modules import ClippedGan
+from xtrain.testing.networks import batches
+
+
+class Trained(ClippedGan):
+    """A GAN that may come to harm in the second batch, on one rank."""
+
+    def __init__(self, harm: str, rank: int) -> None:
+        super().__init__(0.2)
+        self.harm, self.harmed = harm, rank
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.global_rank == self.harmed:
+            harms[self.harm]()
+        super().training_step(batch, batch_idx)
+
+
+def raise_error():
+    raise ValueError("on purpose")
+
+
+def hang():
+    time.sleep(600)
+
+
+harms = {
+    "none": lambda: None,
+    "raise": raise_error,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: sys.exit(3),
+    "hang": hang,
+}
+
+
+def fit(options) -> LightningModule:
+    trainer = Trainer(
+        options.backend,
+        devices=options.devices,
+        max_epochs=1,
+        enable_progress_bar=False,
+        backend_options={"timeout": options.timeout} if options.timeout else None,
+    )
+    # Callables defer what needs the rank until the processes are there.
+    module = Trained(options.harm, options.rank)
+    trainer.fit(module, _Shares(trainer))
+    if options.out:
+        path = options.out / f"rank-{trainer.global_rank}.pt"
+        torch.save({"world": trainer.world_size, "pid": os.getpid(), **module.state_dict()}, path)
+    print(f"rank {trainer.global_rank} of {trainer.world_size} is done", flush=True)
+    return module
+
+
+class _Shares:
+    """This rank's rows of the global batches."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        return iter(batches(4, self.trainer.world_size, self.trainer.global_rank))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--devices", type=int)
+    parser.add_argument("--harm", default="none", choices=harms)
+    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--timeout", type=float)
+    parser.add_argument("--again", type=int, help="fit a second time on so many devices")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    seed_everything(7)
+    fit(options)
+    if options.again is not None:
+        options.devices = options.again
+        fit(options)
+
+
+if __name__ == "__main__":
+    main()

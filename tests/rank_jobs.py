@@ -1,0 +1,146 @@
+"""What the tests of several processes run on every rank: each job returns plain values, for the test to judge."""
+
+import torch
+from torch import nn
+from xtrain_backends._averaging import average_gradients
+
+from xtrain import LightningModule, Trainer, rank_zero_only
+from xtrain.testing.experiments import make_trainer
+from xtrain.testing.modules import Gan
+from xtrain.testing.networks import batches
+
+
+def joined(world_size, rank):
+    """Join the processes, as the first fit of a script does; return whether there is a first process only."""
+    trainer = make_trainer("cpu", "32-true", {}, max_epochs=1)
+    trainer.fit(Gan(), batches(1, world_size, rank))
+    return rank_zero_only(lambda: trainer.global_rank)(), trainer.world_size
+
+
+def averaged(case, world_size, rank):
+    """Average gradients that some ranks lack, in several dtypes, sparse ones, large ones."""
+    joined(world_size, rank)
+    own = float(rank + 1)
+    parameters = [nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float64)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, own)
+    if case == "missing on one rank" and rank == 0:
+        parameters[0].grad = None
+    if case == "missing everywhere":
+        parameters[1].grad = None
+    if case == "large":
+        parameters[0] = nn.Parameter(torch.zeros(300, 400))
+        parameters[0].grad = torch.full((300, 400), own)
+    if case == "strided":
+        parameters[0] = nn.Parameter(torch.zeros(400, 300))
+        parameters[0].grad = torch.full((300, 400), own).T
+    if case.startswith("sparse"):
+        parameters[0] = nn.Parameter(torch.zeros(4, 2))
+        rows = torch.tensor([[rank, 3]])
+        if case == "sparse" or rank == 0:
+            parameters[0].grad = torch.sparse_coo_tensor(rows, torch.full((2, 2), own), (4, 2), check_invariants=True)
+        elif case == "sparse beside dense":
+            parameters[0].grad = torch.full((4, 2), own)
+    average_gradients(parameters, 0, 5)
+    return [None if p.grad is None else p.grad.to_dense().double().contiguous() for p in parameters]
+
+
+def different_optimizers(world_size, rank):
+    joined(world_size, rank)
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    average_gradients([parameter], rank, 3)
+
+
+class Odd(Gan):
+    """Differs on rank 1, in one respect."""
+
+    def __init__(self, what: str, rank: int) -> None:
+        super().__init__()
+        odd = rank == 1
+        self.odd = what if odd else ""
+        self.norm = nn.BatchNorm1d(3)
+        if self.odd == "shape":
+            self.G.last = nn.Linear(6, 5)
+        if self.odd == "count":
+            self.extra = nn.Parameter(torch.zeros(1))
+        if self.odd == "frozen":
+            self.D.last.bias.requires_grad_(False)
+        if self.odd == "value":
+            nn.init.ones_(self.D.last.bias)
+        if self.odd == "buffer":
+            self.norm.running_mean.fill_(3.0)
+
+    def configure_optimizers(self):
+        g_opt, d_opt = super().configure_optimizers()
+        if self.odd == "class":
+            d_opt = torch.optim.SGD(self.D.parameters(), lr=0.1)
+        if self.odd == "order":
+            d_opt = torch.optim.Adam(list(self.D.parameters())[::-1])
+        if self.odd == "fewer":
+            return g_opt
+        return g_opt, d_opt
+
+
+def odd(what, options, world_size, rank):
+    torch.manual_seed(3)
+    module = Odd(what, rank)
+    make_trainer("cpu", "32-true", options, max_epochs=1).fit(module, batches(1, world_size, rank))
+    return module.D.last.bias.detach().clone(), module.norm.running_mean.clone()
+
+
+class Overflowing(Gan):
+    """The loss of G is infinite in the second batch, on rank 1 alone."""
+
+    def training_step(self, batch, batch_idx):
+        g_opt, d_opt = self.optimizers()
+        x, z = batch
+        for opt, loss in ((g_opt, self.G(z).sum()), (d_opt, self.D(x).sum())):
+            opt.zero_grad()
+            broken = opt is g_opt and batch_idx == 1 and self.global_rank == 1
+            self.manual_backward(loss * (float("inf") if broken else 1.0))
+            opt.step()
+
+
+def overflow(world_size, rank):
+    module = Overflowing()
+    trainer = make_trainer("cpu", "16-mixed", {}, max_epochs=1, nonfinite_loss="ignore")
+    trainer.fit(module, batches(4, world_size, rank))
+    return [[o.step_count, o.skipped_steps] for o in trainer.optimizers], trainer.backend.scaler.current_scale
+
+
+class Talks(LightningModule):
+    """Uses every collective a user has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        rank = self.global_rank
+        self.log("mean", float(rank), sync_dist=True, on_epoch=True, on_step=False)
+        self.log("highest", float(rank), sync_dist=True, reduce_fx="max", on_epoch=True, on_step=False)
+        self.log("own", float(rank), on_epoch=True, on_step=False)
+        self.trainer.barrier()
+        gathered = self.all_gather({"rank": torch.tensor([rank]), "nested": [torch.full((2,), float(rank))]})
+        self.said = {
+            "gathered": gathered["rank"].flatten().tolist(),
+            "shape": list(gathered["nested"][0].shape),
+            "object": self.trainer.broadcast({"rank": rank}, source=1),
+            "tensor": self.trainer.broadcast(torch.tensor([rank])).tolist(),
+            "zero": self.trainer.is_global_zero,
+            "only": rank_zero_only(lambda: "written")(),
+            "sum": self.trainer.backend.collectives.all_reduce(torch.tensor([rank, 1]), "sum").tolist(),
+            "mean of ints": self.trainer.backend.collectives.all_reduce(torch.tensor([rank])).tolist(),
+        }
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def talk(world_size, rank):
+    module = Talks()
+    trainer = Trainer("cpu", max_epochs=1, enable_progress_bar=False)
+    trainer.fit(module, [None, None])
+    return module.said | {name: value.item() for name, value in trainer.callback_metrics.items()}

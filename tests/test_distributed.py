@@ -1,0 +1,103 @@
+"""Two processes that stay: what is averaged, compared at the start, and said between them."""
+
+from functools import partial
+
+import pytest
+import rank_jobs
+import torch
+
+from xtrain import ConfigurationError, ProtocolError
+from xtrain.testing.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def pair():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def test_the_environment_is_joined(pair):
+    assert pair.run(rank_jobs.joined) == [(0, 2), (None, 2)]
+
+
+# The ranks hold 1 and 2: their mean is 1.5, or half of what one of them has.
+@pytest.mark.parametrize(
+    ("case", "first"),
+    [
+        ("everywhere", torch.full((3,), 1.5)),
+        ("missing on one rank", torch.full((3,), 1.0)),
+        ("large", torch.full((300, 400), 1.5)),
+        ("strided", torch.full((400, 300), 1.5)),
+        ("sparse", torch.tensor([[0.5], [1.0], [0.0], [1.5]]).expand(4, 2)),
+        ("sparse on one rank", torch.tensor([[0.5], [0.0], [0.0], [0.5]]).expand(4, 2)),
+        ("sparse beside dense", torch.tensor([[1.5], [1.0], [1.0], [1.5]]).expand(4, 2)),
+    ],
+)
+def test_gradients_are_averaged(pair, case, first):
+    for gradients in pair.run(partial(rank_jobs.averaged, case)):
+        assert torch.equal(gradients[0], first.double())
+        assert [g.tolist() for g in gradients[1:]] == [[1.5] * 3] * 2
+
+
+def test_what_no_rank_has_stays_none(pair):
+    for gradients in pair.run(partial(rank_jobs.averaged, "missing everywhere")):
+        assert gradients[1] is None
+
+
+def test_ranks_that_step_different_optimizers_are_told(pair):
+    with pytest.raises(ProtocolError, match="optimizer 0 on this rank, optimizer 1 on another"):
+        pair.run(rank_jobs.different_optimizers)
+
+
+@pytest.mark.parametrize(
+    ("what", "first_difference"),
+    [
+        ("shape", r"'parameter G.last.weight: shape \(4, 6\).*' on rank 0, but '.*shape \(5, 6\).*' on rank 1"),
+        ("count", "'parameter G.first.weight.*' on rank 0, but 'parameter extra"),
+        ("frozen", "'parameter D.last.bias.*frozen' on rank 1"),
+        ("value", "another 'D.last.bias' on rank 1 than on rank 0"),
+        ("class", "'optimizer 1: Adam' on rank 0, but 'optimizer 1: SGD' on rank 1"),
+        ("order", "group 0: D.first.weight.* on rank 0, but .*group 0: D.last.bias"),
+        ("fewer", "'2 optimizers' on rank 0, but '1 optimizers' on rank 1"),
+    ],
+)
+def test_ranks_that_train_different_things_are_refused(pair, what, first_difference):
+    with pytest.raises(ConfigurationError, match=first_difference) as caught:
+        pair.run(partial(rank_jobs.odd, what, {}))
+    assert "Fix: " in str(caught.value)
+
+
+def test_a_different_start_is_that_of_rank_0_if_asked_for(pair):
+    (bias, _), (other, _) = pair.run(partial(rank_jobs.odd, "value", {"broadcast_start": True}))
+    (expected, _), _ = pair.run(partial(rank_jobs.odd, "nothing", {}))
+    assert torch.equal(bias, expected)
+    assert torch.equal(other, expected)
+
+
+def test_buffers_start_as_those_of_rank_0(pair):
+    for _, mean in pair.run(partial(rank_jobs.odd, "buffer", {})):
+        assert mean.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pair):
+    first, second = pair.run(rank_jobs.overflow)
+    assert first == second
+    assert first[0] == [[3, 1], [4, 0]]
+
+
+def test_collectives_for_users(pair):
+    for rank, said in enumerate(pair.run(rank_jobs.talk)):
+        assert said == {
+            "gathered": [0, 1],
+            "shape": [2, 2],
+            "object": {"rank": 1},
+            "tensor": [0],
+            "zero": rank == 0,
+            "only": "written" if rank == 0 else None,
+            "sum": [1, 2],
+            "mean of ints": [0.5],
+            "mean": 0.5,
+            "highest": 1.0,
+            "own": float(rank),
+        }

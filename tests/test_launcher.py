@@ -1,0 +1,142 @@
+"""What started this process: every launcher as a row of variables, and what is chosen from them."""
+
+import pytest
+
+from xtrain import ConfigurationError, Trainer
+from xtrain.launcher import Launch, detect_launcher, wanted_processes
+from xtrain.launcher_auto import settle_backend, settle_precision, tell
+
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+PLAIN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **MASTER}
+TORCHRUN = {**PLAIN, "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
+ONE = {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+ON_CPU = {**ACCELERATE, "ACCELERATE_USE_CPU": "True"}
+ZERO = {**TORCHRUN, **ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+COMMAND = ("/bin/python3", "/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "script.py")
+SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train"}
+
+ROWS = {
+    "nothing": ({}, (), {"launcher": "python", "world_size": 1, "joined": False}),
+    "torchrun": (TORCHRUN, (), {"launcher": "torchrun", "rank": 1, "local_rank": 1, "world_size": 2, "joined": True}),
+    "torchrun of one": (ONE, (), {"launcher": "torchrun", "world_size": 1, "joined": True}),
+    "accelerate cpu": (ON_CPU, COMMAND[:3], {"launcher": "accelerate", "backend": "cpu", "warnings": ()}),
+    "accelerate multi_gpu on cpu": (
+        {**TORCHRUN, **ON_CPU, "ACCELERATE_MIXED_PRECISION": "bf16"},
+        (),
+        {"launcher": "accelerate", "world_size": 2, "backend": "cpu", "precision": "bf16-mixed"},
+    ),
+    "accelerate deepspeed": (ZERO, (), {"launcher": "accelerate", "backend": "deepspeed", "precision": None}),
+    "accelerate tpu": (
+        {"PJRT_DEVICE": "CPU", "FORK_LAUNCHED": "1"},
+        (),
+        {"launcher": "accelerate-tpu", "backend": "tpu", "joined": False},
+    ),
+    "accelerate on one gpu": ({**ACCELERATE, "ACCELERATE_USE_CPU": "False"}, (), {"backend": None, "warnings": ()}),
+    "a TPU runtime": ({"PJRT_DEVICE": "TPU"}, (), {"launcher": "python", "backend": "tpu"}),
+    "a TPU runtime on the CPU": ({"PJRT_DEVICE": "CPU"}, (), {"backend": None}),
+    "slurm and torchrun": ({**TORCHRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (), {"launcher": "torchrun"}),
+    "two machines": (
+        {**TORCHRUN, "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+        (),
+        {"launcher": "torchrun", "world_size": 4, "warnings": ()},
+    ),
+    "slurm with ranks": ({**PLAIN, **SRUN, "SLURM_NTASKS": "2"}, (), {"launcher": "slurm", "rank": 1}),
+    "mpi": ({**PLAIN, "OMPI_COMM_WORLD_SIZE": "2"}, (), {"launcher": "mpi"}),
+    "a shell of salloc": ({**SRUN, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, (), {"warnings": ()}),
+    "by hand": ({k: PLAIN[k] for k in ("RANK", "WORLD_SIZE", *MASTER)}, (), {"launcher": "environment", "rank": 1}),
+    "xtrain": ({**PLAIN, "XTRAIN_LAUNCH_ID": "7"}, (), {"launcher": "xtrain", "joined": True}),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_launchers(row):
+    environ, parent, expected = ROWS[row]
+    launch = detect_launcher(environ, parent)
+    assert {name: getattr(launch, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "parent", "says"),
+    [
+        ({**ON_CPU, **MASTER}, COMMAND, "Expected 2 processes.*torchrun --nproc_per_node=2"),
+        ({**ON_CPU, **MASTER}, (), "Expected 2 processes"),  # a configuration file of the kind MULTI_CPU
+        ({**TORCHRUN, "RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (), "trains apart"),
+        ({**SRUN, "SLURM_NTASKS": "4"}, (), "4 tasks.*train alone"),
+    ],
+)
+def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
+    monkeypatch.setattr("xtrain.launcher_auto._told", set())
+    launch = detect_launcher(environ, parent)
+    with pytest.warns(UserWarning, match=f"(?s){says}"):
+        tell("cpu", None, None, launch)
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT beside RANK=0"),
+        ({"WORLD_SIZE": "2"}, "Expected RANK"),
+        ({**TORCHRUN, "WORLD_SIZE": "3"}, r"WORLD_SIZE to be 2, which torchrun started.*WORLD_SIZE=3"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({**TORCHRUN, "RANK": "x"}, "RANK='x'"),
+        ({**TORCHRUN, "LOCAL_RANK": "5"}, "LOCAL_RANK=5"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MASTER, "MASTER_ADDR": "host"}, "LOCAL_RANK beside RANK"),
+        ({**PLAIN, **SRUN, "SLURM_NTASKS": "4"}, "WORLD_SIZE to be 4, which slurm started"),
+        ({**PLAIN, "OMPI_COMM_WORLD_SIZE": "4"}, "WORLD_SIZE to be 4, which mpi started"),
+        ({**TORCHRUN, **ACCELERATE, "ACCELERATE_USE_FSDP": "true"}, "MULTI_GPU, DEEPSPEED.*FSDP"),
+        ({**ACCELERATE, "ACCELERATE_USE_MEGATRON_LM": "1"}, "Megatron-LM"),
+        ({**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8"),
+    ],
+)
+def test_contradictions_are_refused(environ, says):
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        detect_launcher(environ)
+    assert "Fix: " in str(caught.value)
+
+
+def test_wanted_processes():
+    assert wanted_processes(COMMAND) == 2
+    assert wanted_processes(["accelerate", "launch", "--num-processes=8", "s.py"]) == 8
+    assert wanted_processes(["python", "s.py", "--num_processes", "2"]) is None
+
+
+def test_auto_follows_the_launcher_then_the_hardware(monkeypatch):
+    assert settle_backend("auto", detect_launcher(ZERO)) == "deepspeed"
+    assert settle_backend("auto", detect_launcher({"PJRT_DEVICE": "TPU"})) == "tpu"
+    assert settle_backend("auto", detect_launcher(ON_CPU)) == "cpu"
+    for found in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=found: found)
+        assert settle_backend("auto", Launch()) == ("cuda" if found else "cpu")
+
+
+def test_what_the_script_says_must_agree_with_the_launcher():
+    launch = detect_launcher({**ZERO, "ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert settle_backend("deepspeed", launch) == "deepspeed"
+    assert settle_backend("cuda", Launch()) == "cuda"
+    with pytest.raises(ConfigurationError, match=r"backend='cpu', but ACCELERATE_USE_DEEPSPEED=true asks for"):
+        settle_backend("cpu", launch)
+    assert settle_precision(None, launch).name == settle_precision("bf16", launch).name == "bf16-mixed"
+    assert settle_precision(None, Launch()).name == "32-true"
+    with pytest.raises(ConfigurationError, match=r"precision='32-true', but ACCELERATE_MIXED_PRECISION=bf16"):
+        settle_precision("32-true", launch)
+
+
+def test_a_trainer_says_once_what_auto_came_to(monkeypatch, capsys):
+    for name, value in ({**ONE, **ON_CPU, "ACCELERATE_MIXED_PRECISION": "bf16"}).items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        trainer = Trainer("auto")
+    assert (trainer.backend.name, trainer.precision.name) == ("cpu", "bf16-mixed")
+    assert capsys.readouterr().err == (
+        "xtrain: backend=cpu (ACCELERATE_USE_CPU=True); precision=bf16-mixed (ACCELERATE_MIXED_PRECISION=bf16); "
+        "processes=1 (accelerate, WORLD_SIZE=1)\n"
+    )
+    with pytest.raises(ConfigurationError, match=r"devices=2, but accelerate started 1 \(LOCAL_WORLD_SIZE=1\)"):
+        Trainer("auto", devices=2).validate(_module(), [1])
+
+
+def _module():
+    from xtrain.testing.modules import Gan
+
+    return Gan()
