@@ -57,6 +57,7 @@ LEGS = {
         commands=(("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("codespell",)),
     ),
     "cpu": Leg("light", tests=_CORE),
+    "two-processes": Leg("light", tests=("tests/backends/test_cpu_two_processes.py",)),
     "cuda-logic-on-cpu": Leg("light", tests=("tests/backends/test_cuda.py",)),
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.
