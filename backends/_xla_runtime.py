@@ -137,7 +137,9 @@ class Runtime:
     # ---------------------------------------------------------------- counters and random numbers
 
     def compiles(self) -> int:
-        """Return the number of graphs compiled in this process."""
+        """Return the number of graphs compiled in this process, 0 where threads that share it would see each other."""
+        if self.meeting is not None:
+            return 0
         return int(self._metrics.counter_value("UncachedCompile") or 0)
 
     def cache_counts(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ class Net(LightningModule):
 
     def training_step(self, x: Any, batch_idx: int) -> None:
         getattr(self, self.kind)(x, batch_idx, *self.optimizers())
-        self.log("loss", self.loss(self.a, x), sync_dist=True)
+        self.log("loss", self.loss(self.a, x), sync_dist=True, on_step=False, on_epoch=True)
 
     def plain(self, x: Any, batch_idx: int, first: Any, second: Any) -> None:
         for net, opt in ((self.a, first), (self.b, second)):
