@@ -19,7 +19,7 @@ import matplotlib
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy, pad, softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from xtrain import Callback, LightningModule, Trainer, seed_everything
@@ -192,7 +192,8 @@ class Judge:
 
 def draw_digits(images: Tensor, path: Path) -> None:
     """Save 100 images ``(100, 1, 8, 8)`` as a grid, one column per class."""
-    grid = images.view(10, 10, 8, 8).permute(0, 2, 1, 3).reshape(80, 80)
+    framed = pad(images, (1, 1, 1, 1), value=-1.0).view(10, 10, 10, 10)
+    grid = framed.permute(0, 2, 1, 3).reshape(100, 100)
     plt.imsave(path, grid.repeat_interleave(6, dim=0).repeat_interleave(6, dim=1), cmap="gray_r")
 
 
@@ -240,7 +241,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, help="number of devices (default: what the launcher started)")
     parser.add_argument("--epochs", type=int, default=80, help="passes over the digits (default: 80)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("gan-digits"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the pictures (default: outputs)")
     return parser.parse_args()
 
 

@@ -139,10 +139,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "value-clipping",
-        "gradient_clip_algorithm='value' where gradients are partitioned (DeepSpeed ZeRO)",
+        "gradient_clip_algorithm='value' on a backend that says it has no whole gradients",
         "No process holds a whole gradient when it is clipped.",
         "Trainer(gradient_clip_algorithm='norm')",
-        "https://www.deepspeed.ai/docs/config-json/#gradient-clipping",
+        "xtrain.contract.Capabilities.value_clipping",
         lambda s: None if s.backend.capabilities.value_clipping else _clip_value(s),
     ),
     Rule(
