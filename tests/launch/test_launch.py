@@ -17,8 +17,8 @@ from xtrain import LaunchError
 from xtrain.launcher_children import own_command
 from xtrain.testing.experiments import EXPERIMENTS, expect
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "tests" / "launched.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("launched.py")
 BOUND = 100
 """Seconds any of these runs may take on a busy machine; what is waited for by design is far below."""
 
@@ -92,7 +92,7 @@ def test_every_launcher_trains_as_one_process(launcher, tmp_path):
 
 def test_started_ranks_work_where_the_command_was_given(tmp_path):
     code = (
-        f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import xtrain, launched; "
+        f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]; import xtrain, launched; "
         f"os.chdir({str(tmp_path)!r}); sys.argv = ['x', '--devices', '2', '--out', {str(tmp_path)!r}]; launched.main()"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), timeout=BOUND, cwd=ROOT, check=True)
