@@ -96,11 +96,7 @@ class DeepSpeed(Backend):
         if not on_cpu:
             torch.cuda.set_device(self.device)
         kind: Literal["gloo", "nccl"] = "gloo" if on_cpu else "nccl"
-        self.collectives = join_processes(kind, self.device, always=True, timeout=self.timeout)
-        if self.devices not in (None, self.collectives.world_size):
-            fix = f"torchrun --nproc_per_node={self.devices} script.py"
-            received = f"{self.collectives.world_size} launched process(es)"
-            raise ConfigurationError(explain(f"Trainer(devices={self.devices}) processes", received, fix))
+        self.collectives = join_processes(kind, self.device, devices=self.devices, always=True, timeout=self.timeout)
         _start_deepspeed(kind, self.config["zero_optimization"])
 
     def setup_module(self, module: nn.Module) -> None:

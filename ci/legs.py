@@ -58,6 +58,8 @@ LEGS = {
     ),
     "cpu": Leg("light", tests=_CORE),
     "two-processes": Leg("light", tests=("tests/backends/test_cpu_two_processes.py",)),
+    # Real processes under every launcher; every command of the page on launching.
+    "launch": Leg("full", tests=("tests/launch/test_*.py",), minutes=30),
     "cuda-logic-on-cpu": Leg("light", tests=("tests/backends/test_cuda.py",)),
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.

@@ -79,7 +79,7 @@ def tell(backend: str | Backend, precision: str | int | None, devices: int | str
         return
     for text in launch.warnings:
         if text not in _told:
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=4)
     _told.update(launch.warnings)
     if backend != AUTO:
         return

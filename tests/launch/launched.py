@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from xtrain import LightningModule, Trainer, seed_everything
+from xtrain import Trainer, XTrainError, seed_everything
 from xtrain.testing.modules import ClippedGan
 from xtrain.testing.networks import batches
 
@@ -35,7 +35,12 @@ def hang():
     time.sleep(600)
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 harms = {
+    "interrupt": interrupt,
     "none": lambda: None,
     "raise": raise_error,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -44,7 +49,7 @@ harms = {
 }
 
 
-def fit(options) -> LightningModule:
+def fit(options):
     trainer = Trainer(
         options.backend,
         devices=options.devices,
@@ -52,18 +57,16 @@ def fit(options) -> LightningModule:
         enable_progress_bar=False,
         backend_options={"timeout": options.timeout} if options.timeout else None,
     )
-    # Callables defer what needs the rank until the processes are there.
     module = Trained(options.harm, options.rank)
     trainer.fit(module, _Shares(trainer))
     if options.out:
         path = options.out / f"rank-{trainer.global_rank}.pt"
         torch.save({"world": trainer.world_size, "pid": os.getpid(), **module.state_dict()}, path)
     print(f"rank {trainer.global_rank} of {trainer.world_size} is done", flush=True)
-    return module
 
 
 class _Shares:
-    """This rank's rows of the global batches."""
+    """This rank's rows of the global batches; which they are is known once the processes are there."""
 
     def __init__(self, trainer) -> None:
         self.trainer = trainer
@@ -83,10 +86,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--timeout", type=float)
     parser.add_argument("--again", type=int, help="fit a second time on so many devices")
+    parser.add_argument("--caught", action="store_true", help="go on after an error, and fit again")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     seed_everything(7)
-    fit(options)
+    try:
+        fit(options)
+    except XTrainError:
+        if not options.caught:
+            raise
+        fit(options)
     if options.again is not None:
         options.devices = options.again
         fit(options)

@@ -1,0 +1,241 @@
+"""Real processes, started as users start them: the same parameters, and an end for all when one fails."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtrain import LaunchError
+from xtrain.launcher_children import own_command
+from xtrain.testing.experiments import EXPERIMENTS, expect
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("launched.py")
+BOUND = 100
+"""Seconds any of these runs may take on a busy machine; what is waited for by design is far below."""
+
+
+def environment(**variables):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "MASTER", "LOCAL_", "XTRAIN_"))}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def run(*arguments, program=(sys.executable,), **variables):
+    """Run the script; return its status and all it printed."""
+    command = [*program, str(SCRIPT), *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
+    done = subprocess.run(command, env=environment(**variables), timeout=BOUND, cwd=ROOT, **options)
+    return done.returncode, done.stdout
+
+
+def torchrun(count):
+    return sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"
+
+
+def processes_of(token):
+    """Return the processes whose command line has `token`."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if token in line.read_text(errors="replace") and int(line.parent.name) != os.getpid():
+                found.append(int(line.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def no_orphans(token):
+    """Wait until nothing is left of a run that has ended."""
+    deadline = time.monotonic() + 15
+    while (left := processes_of(token)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not left
+
+
+def same_as_one_process(folder, ranks):
+    experiment = next(e for e in EXPERIMENTS if e.name == "gan-clip-norm")
+    expected = expect(experiment, "32-true").parameters
+    for rank in range(ranks):
+        saved = torch.load(folder / f"rank-{rank}.pt")
+        assert saved["world"] == ranks
+        for name, value in expected.items():
+            torch.testing.assert_close(saved[name], value, atol=1e-6, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- the same parameters
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "python of one"])
+def test_every_launcher_trains_as_one_process(launcher, tmp_path):
+    program = torchrun(2) if launcher == "torchrun" else (sys.executable,)
+    devices = ["--devices", 2] if launcher == "python" else []
+    status, said = run("--backend", "auto", "--out", tmp_path, *devices, program=program)
+    assert status == 0, said
+    same_as_one_process(tmp_path, 1 if launcher == "python of one" else 2)
+    source = {
+        "python": "processes=2 (given)",
+        "torchrun": "processes=2 (torchrun, WORLD_SIZE=2)",
+        "python of one": "processes=1 (no launcher)",
+    }
+    assert said.count("xtrain: backend=cpu") == 1  # rank 0 alone says it
+    assert source[launcher] in said
+
+
+def test_started_ranks_work_where_the_command_was_given(tmp_path):
+    code = (
+        f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]; import xtrain, launched; "
+        f"os.chdir({str(tmp_path)!r}); sys.argv = ['x', '--devices', '2', '--out', {str(tmp_path)!r}]; launched.main()"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment(), timeout=BOUND, cwd=ROOT, check=True)
+    same_as_one_process(tmp_path, 2)
+
+
+# ---------------------------------------------------------------- the end of a rank is the end of all
+
+
+@pytest.mark.parametrize(
+    ("harm", "rank", "says"),
+    [
+        (
+            "raise",
+            1,
+            r"RankFailedError: Rank 1 failed first: ValueError: on purpose\n.*traceback of rank 1.*raise_error",
+        ),
+        ("kill", 1, "RankFailedError: Rank 1 failed first: it was killed by SIGKILL"),
+        ("exit", 1, "RankFailedError: Rank 1 failed first: it ended with exit status 3"),
+        ("hang", 1, "RankFailedError: Expected every rank to come to the same step.*backend_options={'timeout'"),
+        ("raise", 0, "ValueError: on purpose"),
+        ("interrupt", 0, "KeyboardInterrupt"),
+    ],
+)
+def test_one_rank_fails(harm, rank, says, tmp_path):
+    wait = ["--timeout", 5] if harm == "hang" else []
+    status, said = run("--devices", 2, "--harm", harm, "--rank", rank, "--out", tmp_path, *wait)
+    assert status == (130 if harm == "interrupt" else 1) or status == -signal.SIGINT, said
+    assert re.search(says, said, re.DOTALL), said
+    assert said.count("Error: ") + said.count("KeyboardInterrupt") < 5, f"one failure, told once: {said}"
+    assert "is done" not in said
+    assert no_orphans(str(tmp_path))
+
+
+def test_rank_0_is_killed(tmp_path):
+    status, said = run("--devices", 2, "--harm", "kill", "--rank", 0, "--out", tmp_path)
+    assert status == -signal.SIGKILL, said
+    assert no_orphans(str(tmp_path))
+
+
+def test_torchrun_reports_the_first_error_on_every_rank(tmp_path):
+    status, said = run("--harm", "raise", "--out", tmp_path, program=torchrun(2))
+    assert status == 1
+    assert "ValueError: on purpose" in said
+    assert no_orphans(str(tmp_path))
+
+
+def test_after_an_error_the_processes_are_gone(tmp_path):
+    status, said = run("--devices", 2, "--harm", "raise", "--caught", "--out", tmp_path)
+    assert status == 1
+    assert "LaunchError: Expected the processes of this program to be alive" in said
+    assert no_orphans(str(tmp_path))
+
+
+# ---------------------------------------------------------------- what cannot be started
+
+
+def test_one_number_of_devices_per_program(tmp_path):
+    status, said = run("--devices", 2, "--again", 3, "--out", tmp_path)
+    assert status == 1
+    assert "devices=3 after a Trainer with devices=2" in said
+    assert no_orphans(str(tmp_path))
+
+
+def test_devices_must_be_what_torchrun_started():
+    status, said = run("--devices", 3, program=torchrun(2))
+    assert status == 1
+    assert "devices=3, but torchrun started 2 (LOCAL_WORLD_SIZE=2)" in said
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def by_hand(rank, count, port):
+    return {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def joining(rank, count, port, seconds=4):
+    """Join a run from a process of its own; return what it printed."""
+    code = f"from xtrain import launch; launch.join(seconds={seconds}); print('joined')"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment(**by_hand(rank, count, port)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def said_by(process):
+    return process.communicate(timeout=BOUND)[0]
+
+
+def test_a_missing_rank_is_named():
+    port = free_port()
+    assert "Expected 3 ranks (WORLD_SIZE). Received: none of rank 1, 2 within 4 s" in said_by(joining(0, 3, port))
+    assert f"Expected rank 0 at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" in said_by(joining(1, 2, port))
+
+
+def test_a_busy_port_is_named():
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert f"Received: MASTER_PORT={port}, in use on 127.0.0.1" in said_by(joining(0, 2, port))
+
+
+def test_a_rank_started_twice_is_told():
+    port = free_port()
+    first, second = joining(0, 2, port, 40), joining(0, 2, port, 40)
+    third = joining(1, 2, port, 40)
+    said = [said_by(process) for process in (first, second, third)]
+    assert any("two with RANK=0" in text or "in use on" in text for text in said[:2]), said
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "says"),
+    [
+        ({"__file__": "/bin/pytest"}, ["python", "-m", "pytest"], "whole test session"),
+        ({"__file__": None}, ["python"], "standard input"),
+        ({"__file__": "/x/ipykernel_launcher.py"}, ["python", "/x/ipykernel_launcher.py"], "interactive session"),
+    ],
+)
+def test_commands_that_cannot_be_run_again_are_refused(main, arguments, says, monkeypatch):
+    fake = types.ModuleType("__main__")
+    fake.__dict__.update(main)
+    monkeypatch.setitem(sys.modules, "__main__", fake)
+    with pytest.raises(LaunchError, match=says):
+        own_command(arguments)
+
+
+def test_the_command_is_run_again_as_it_was(monkeypatch):
+    fake = types.ModuleType("__main__")
+    fake.__file__ = "script.py"
+    monkeypatch.setitem(sys.modules, "__main__", fake)
+    assert own_command(["python", "-X", "dev", "script.py", "--a", "1"]) == [
+        sys.executable,
+        *["-X", "dev", "script.py", "--a", "1"],
+    ]
