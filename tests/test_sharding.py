@@ -35,7 +35,7 @@ class Sharded(Count):
     sharded = True
 
 
-class OwnLoader(DataLoader):
+class NumbersOnly(DataLoader):
     def __init__(self, numbers):
         super().__init__(numbers)
 
@@ -147,8 +147,8 @@ def test_settings_of_the_loader_are_kept():
 
 
 def test_loader_that_cannot_be_made_anew_is_named():
-    with pytest.raises(ConfigurationError, match=r"OwnLoader.*\n?.*DistributedSampler"):
-        shard_loader(OwnLoader(range(4)), Rank(0))
+    with pytest.raises(ConfigurationError, match=r"NumbersOnly.*\n?.*DistributedSampler"):
+        shard_loader(NumbersOnly(range(4)), Rank(0))
 
 
 def test_ranks_agree_on_the_number_of_batches():
