@@ -214,3 +214,37 @@ class Misowned(Recorder):
             opt.add_param_group({"params": list(self.G.parameters())})
         self.manual_backward(regression(self.D, *batch))
         opt.step()
+
+
+class Sometimes(OneOptimizer):
+    """The first layer is reached by every second batch, and then only on rank 0."""
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(sometimes_loss(self.D, batch, batch_idx, self.trainer.global_rank))
+        opt.step()
+
+
+def sometimes_loss(d, batch, index, rank):
+    if index % 2 and rank == 0:
+        return regression(d, *batch)
+    return d.last(torch.ones(1, 6)).square().mean()
+
+
+def sometimes(options, world_size, rank):
+    module = Sometimes()
+    fit(module, options, world_size, rank)
+    return [p.detach() for p in module.D.parameters()]
+
+
+def sometimes_by_hand(count=4):
+    d = networks()[1]
+    opt = sgd(d.parameters())
+    for index in range(count):
+        opt.zero_grad(set_to_none=False)
+        sum(sometimes_loss(d, batches(count, 2, r)[index], index, r) for r in (0, 1)).div(2).backward()
+        for p in d.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        opt.step()
+    return [p.detach() for p in d.parameters()]

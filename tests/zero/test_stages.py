@@ -106,6 +106,12 @@ def test_gradient_penalty_on_a_partitioned_network(pair):
     same_as_torch(pair, experiment, "32-true", {"stage": 3, "config": jobs.PARTITIONED})
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])  # on stage 3 all ranks must run the same layers, which gather together
+def test_a_parameter_that_only_one_rank_reaches(pair, stage):
+    for parameters in pair.run(partial(jobs.sometimes, {"stage": stage})):
+        torch.testing.assert_close(parameters, jobs.sometimes_by_hand(), atol=1e-6, rtol=0)
+
+
 @by_stage
 def test_ranks_start_from_the_parameters_of_rank_0(pair, stage):
     outcomes = pair.run(partial(jobs.apart, {"stage": stage}))
