@@ -155,7 +155,7 @@ class LineSearch(LightningModule):
         self.weight = nn.Parameter(torch.tensor([1.0, -1.0]))
 
     def loss(self, batch):
-        return (torch.cosh(3 * (batch - self.weight)).log().sum(1)).mean()
+        return torch.cosh(3 * (batch - self.weight)).log().sum(1).mean() + self.weight.square().sum()
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -169,7 +169,7 @@ class LineSearch(LightningModule):
         optimizer.step(closure)
 
     def configure_optimizers(self):
-        return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=8, line_search_fn="strong_wolfe")
+        return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=3, line_search_fn="strong_wolfe")
 
 
 ROWS = torch.tensor([[9.0, 4.0], [-5.0, 0.5], [0.3, -2.0], [0.1, 7.0]])
