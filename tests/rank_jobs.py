@@ -144,3 +144,38 @@ def talk(world_size, rank):
     trainer = Trainer("cpu", max_epochs=1, enable_progress_bar=False)
     trainer.fit(module, [None, None])
     return module.said | {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+class LineSearch(LightningModule):
+    """LBFGS, whose line search compares losses: on one rank's own they would lead elsewhere than on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = nn.Parameter(torch.tensor([1.0, -1.0]))
+
+    def loss(self, batch):
+        return torch.cosh(3 * (batch - self.weight)).log().sum(1).mean() + self.weight.square().sum()
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=3, line_search_fn="strong_wolfe")
+
+
+ROWS = torch.tensor([[9.0, 4.0], [-5.0, 0.5], [0.3, -2.0], [0.1, 7.0]])
+
+
+def line_search(world_size, rank):
+    module = LineSearch()
+    make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, [ROWS[rank::world_size]] * 2)
+    return module.weight.detach().clone()

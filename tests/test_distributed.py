@@ -101,3 +101,19 @@ def test_collectives_for_users(pair):
             "highest": 1.0,
             "own": float(rank),
         }
+
+
+def test_a_line_search_sees_the_mean_loss(pair):
+    by_hand = rank_jobs.LineSearch()
+    optimizer = by_hand.configure_optimizers()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = by_hand.loss(rank_jobs.ROWS)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    for weight in pair.run(rank_jobs.line_search):
+        torch.testing.assert_close(weight, by_hand.weight.detach(), atol=1e-4, rtol=0)
