@@ -237,7 +237,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a class-conditional GAN on handwritten digits.")
     parser.add_argument("--backend", default="cpu", help="see `xtrain backends` (default: cpu)")
     parser.add_argument("--backend-option", type=read_option, action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--precision", default="32-true", help="such as bf16-mixed (default: 32-true)")
+    parser.add_argument("--precision", default=None, help="such as bf16-mixed (default: the launcher's, else 32-true)")
     parser.add_argument("--devices", type=int, help="number of devices (default: what the launcher started)")
     parser.add_argument("--epochs", type=int, default=80, help="passes over the digits (default: 80)")
     parser.add_argument("--seed", type=int, default=0)
