@@ -34,7 +34,7 @@ from contenders import BATCH, GAN, LATENT, PIXELS, Contender, all_contenders, by
 from torch import Tensor
 
 BUDGET_STEP, BUDGET_IMPORT = 1.05, 0.2
-UNMEASURED = 10  # batches at both ends of a turn: optimizer state is made, the epoch ends
+UNMEASURED = 55  # batches at both ends of a turn: optimizer state is made, log files are opened, the epoch ends
 
 
 class Stopwatch:
@@ -166,8 +166,8 @@ def verdict(what: str, value: float, budget: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the cost of a training step between libraries.")
-    parser.add_argument("--rounds", type=int, default=60, help="turns of each contender (default: 60)")
-    parser.add_argument("--steps", type=int, default=60, help="measured steps in a turn (default: 60)")
+    parser.add_argument("--rounds", type=int, default=40, help="turns of each contender (default: 40)")
+    parser.add_argument("--steps", type=int, default=100, help="measured steps in a turn (default: 100)")
     parser.add_argument("--import-rounds", type=int, default=5, help="fresh processes per package (default: 5)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
     arguments = parser.parse_args()
