@@ -69,7 +69,7 @@ LEGS = {
         "full",
         tests=("tests/backends/test_tpu.py", "tests/tpu/test_*.py"),
         variables={"PJRT_DEVICE": "CPU"},
-        minutes=30,
+        minutes=45,
     ),
     # On the CPU with gloo: one process for the common suite, two for every ZeRO stage.
     "deepspeed": Leg(
