@@ -108,6 +108,8 @@ class EagerBackend(Backend):
             return None, False
         if closure is not None and self._replicated and reevaluates_closure(optimizer.optimizer):
             closure = self._averaged(closure)
+        if self.precision.name == "32-true":  # as in backward
+            return optimizer.optimizer.step(closure), True
         with self.precision.suspended(self.device.type):
             return optimizer.optimizer.step(closure), True
 
