@@ -1,11 +1,18 @@
 """Where DeepSpeed's settings come from, and which are refused; needs no DeepSpeed."""
 
 import json
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
+import torch
+from fresh import fresh
+from small import Small, loader
 from xtrain_backends._deepspeed_config import check_precision, engine_config, options_from_environment, read_config
 
-from xtrain import ConfigurationError, Trainer
+from xtrain import BackendUnavailableError, ConfigurationError, Trainer
+from xtrain.cli import main
 from xtrain.precision import PRECISIONS
 
 NOTHING = {"stage": None, "offload_optimizer": None, "offload_param": None}
@@ -132,8 +139,6 @@ def test_precision_has_one_source():
 
 
 def test_an_engine_gets_a_bucket_of_its_own_size_and_its_precision():
-    import torch
-
     config = read({"zero_optimization": {"reduce_bucket_size": 50}, "wall_clock_breakdown": True})
     one = engine_config(config, [torch.zeros(5, 4)], PRECISIONS["bf16-true"])
     assert one["zero_optimization"]["reduce_bucket_size"] == 20
@@ -143,3 +148,34 @@ def test_an_engine_gets_a_bucket_of_its_own_size_and_its_precision():
         engine_config(config, [torch.zeros(99)], PRECISIONS["32-true"])["zero_optimization"]["reduce_bucket_size"] == 50
     )
     assert config["zero_optimization"]["reduce_bucket_size"] == 50
+
+
+# ---------------------------------------------------------------- without the package
+
+
+def fit_without_deepspeed():
+    sys.modules["deepspeed"] = None  # as if it were not installed
+    module = Small()
+    try:
+        Trainer(backend="deepspeed", max_epochs=1).fit(module, loader())
+    except BackendUnavailableError as error:
+        return str(error), module.seen
+    return "trained", module.seen
+
+
+def table_without_deepspeed():
+    sys.modules["deepspeed"] = None
+    with redirect_stdout(StringIO()) as printed:
+        assert main(["backends"]) == 0
+    return printed.getvalue()
+
+
+def test_missing_package_is_told_before_anything_else_happens():
+    text, seen = fresh(fit_without_deepspeed)
+    assert "'deepspeed' cannot run here: deepspeed is not installed; pip install 'xtrain[deepspeed]'" in text
+    assert seen == []
+
+
+def test_missing_package_is_told_in_the_table():
+    row = "| `deepspeed` | deepspeed is not installed; pip install 'xtrain[deepspeed]' |"
+    assert row in fresh(table_without_deepspeed).splitlines()

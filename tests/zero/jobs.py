@@ -297,3 +297,26 @@ def sometimes_by_hand(count=4):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         opt.step()
     return [p.detach() for p in d.parameters()]
+
+
+class Plain(OneOptimizer):
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(batch))
+        opt.step()
+
+
+def without_compiler(options):
+    """Train where nothing can be compiled; tell how far from plain PyTorch it ended, and what was built."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    module = Plain()
+    fit(module, options, 1, 0)
+    d = networks()[1]
+    opt = sgd(d.parameters())
+    for batch in batches(4):
+        opt.zero_grad()
+        regression(d, *batch).backward()
+        opt.step()
+    pairs = zip(module.D.parameters(), d.parameters(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs), os.listdir(os.environ["TORCH_EXTENSIONS_DIR"])

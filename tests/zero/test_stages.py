@@ -6,6 +6,7 @@ from functools import partial
 import jobs
 import pytest
 import torch
+from fresh import fresh
 from hypothesis import given, settings
 from ranks import Ranks
 
@@ -241,6 +242,14 @@ def test_direct_calls_say_what_they_miss():
 
     with pytest.raises(ProtocolError, match=r"partitioned step of DeepSpeed[\s\S]*self.manual_backward"):
         jobs.fit(Direct(), {}, 1, 0)
+
+
+@pytest.mark.parametrize("options", [{"stage": 2}, {"stage": 3, "offload_optimizer": "cpu"}], ids=str)
+def test_nothing_needs_a_compiler(options, tmp_path):
+    hidden = {"PATH": "/nonexistent", "CXX": None, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    error, built = fresh(jobs.without_compiler, options, **hidden)
+    assert error < 1e-6
+    assert built == []
 
 
 def test_what_is_missing_is_told(monkeypatch):
