@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -319,4 +320,5 @@ def without_compiler(options):
         regression(d, *batch).backward()
         opt.step()
     pairs = zip(module.D.parameters(), d.parameters(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs), os.listdir(os.environ["TORCH_EXTENSIONS_DIR"])
+    built = [str(path) for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()]
+    return max(float((a - b).abs().max()) for a, b in pairs), built
