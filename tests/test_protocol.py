@@ -189,6 +189,6 @@ def test_other_changes_in_place_keep_torchs_error():
     def body(module, opt, batch):
         change_between(module, opt, batch, torch.no_grad()(lambda: module.net.weight.mul_(1.0)))
 
-    with pytest.raises(RuntimeError, match="^one of") as caught:
+    with pytest.raises(RuntimeError, match=r"^one of") as caught:
         trained(module=Doing(body))
     assert not isinstance(caught.value, ProtocolError)
