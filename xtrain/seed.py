@@ -24,9 +24,11 @@ def seed_everything(seed: int | None = None, workers: bool = False) -> int:
     Raises:
         ConfigurationError: if it is out of range or not an int.
     """
-    chosen = int(os.environ.get("XTRAIN_SEED", "0")) if seed is None else seed
+    inherited = os.environ.get("XTRAIN_SEED", "0")
+    chosen = (int(inherited) if inherited.isdecimal() else inherited) if seed is None else seed
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < 2**32:
-        raise ConfigurationError(explain("a seed from 0 to 2**32 - 1", repr(seed), "seed_everything(42)"))
+        received = f"XTRAIN_SEED={inherited}" if seed is None else repr(seed)
+        raise ConfigurationError(explain("a seed from 0 to 2**32 - 1", received, "seed_everything(42)"))
     os.environ["XTRAIN_SEED"] = str(chosen)
     random.seed(chosen)
     if "numpy" in sys.modules:
