@@ -36,6 +36,7 @@ class EagerBackend(Backend):
     scaler: LossScaler | None = None
     _optimizers: Sequence[LightningOptimizer] = ()
     _width: int = 0  # parameters of the largest optimizer
+    _replicated: bool = False  # whether there are other processes
     _unscaled: frozenset[int] = frozenset()  # ids of optimizers whose gradients have lost the loss scale
 
     def __init__(self, broadcast_start: bool = False, timeout: float = 600.0) -> None:
@@ -44,10 +45,7 @@ class EagerBackend(Backend):
 
     def _join(self, kind: Literal["gloo", "nccl"]) -> None:
         self.collectives = join_processes(kind, self.device, devices=self.devices, timeout=self.timeout)
-
-    @property
-    def _replicated(self) -> bool:
-        return self.collectives.world_size > 1
+        self._replicated = self.collectives.world_size > 1
 
     def setup_module(self, module: nn.Module) -> None:
         if self._replicated:
@@ -59,7 +57,7 @@ class EagerBackend(Backend):
         self._unscaled = frozenset()
         if self._replicated:
             check_optimizers(module, optimizers, self.collectives)
-            self._width = max((len(list(o.parameters)) for o in optimizers), default=0)
+            self._width = max((len(o.parameters) for o in optimizers), default=0)
         if self.precision.loss_scaling and self.scaler is None:
             self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
 
@@ -89,7 +87,7 @@ class EagerBackend(Backend):
     def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
         if self._replicated:  # an overflow on one rank is one on all of them after this
             position = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-            average_gradients(list(optimizer.parameters), position, self._width)
+            average_gradients(optimizer.parameters, position, self._width)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer.optimizer)
             self._unscaled |= {id(optimizer)}
@@ -100,7 +98,7 @@ class EagerBackend(Backend):
         if algorithm == "norm":
             return nn.utils.clip_grad_norm_(optimizer.parameters, value)
         norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-        nn.utils.clip_grad_value_(list(optimizer.parameters), value)
+        nn.utils.clip_grad_value_(optimizer.parameters, value)
         return norm
 
     def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:

@@ -197,9 +197,9 @@ class DeepSpeed(Backend):
         for engine in self._engines.values():
             engine.adopt_writes()
 
-    def parameters_of(self, optimizer: LightningOptimizer) -> Iterator[Tensor]:
+    def parameters_of(self, optimizer: LightningOptimizer) -> list[Tensor]:
         engine = self._engines.get(id(optimizer))
-        return super().parameters_of(optimizer) if engine is None else iter(engine.every_parameter)
+        return super().parameters_of(optimizer) if engine is None else list(engine.every_parameter)
 
     def has_gradients(self, optimizer: LightningOptimizer) -> bool:
         return self._engines[id(optimizer)].has_gradients

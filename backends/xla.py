@@ -192,7 +192,7 @@ class XLA(Backend):
 
     def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
         if isinstance(self.collectives, Replicas):
-            self.collectives.average_gradients(list(optimizer.parameters))
+            self.collectives.average_gradients(optimizer.parameters)
 
     def clip_gradients(
         self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]

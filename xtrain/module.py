@@ -163,7 +163,7 @@ class LightningModule(ModuleHooks, nn.Module):
         Raises:
             ProtocolError: outside of a run.
         """
-        life = self._active("optimizers")
+        life = self._life or self._active("optimizers")
         if use_pl_optimizer:
             return self._optimizers
         raw = [o.optimizer for o in life.optimizers]
@@ -227,7 +227,7 @@ class LightningModule(ModuleHooks, nn.Module):
             ProtocolError: after the step, or without gradients.
             ConfigurationError: for a value or an algorithm that means nothing.
         """
-        life = self._active("clip_gradients")
+        life = self._life or self._active("clip_gradients")
         value = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm: Any = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
         return life.wrapper_of(optimizer).clip_gradients(value, algorithm)  # type: ignore[arg-type]  # None is refused
@@ -254,14 +254,12 @@ class LightningModule(ModuleHooks, nn.Module):
     # ---------------------------------------------------------------- logging and collectives
 
     def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a metric without waiting for the device; see `xtrain.log.MetricLog.log` for the options."""
+        """Record a metric without waiting for the device; see `xtrain.log.MetricLog.log_dict` for the options."""
         self.trainer.metrics.log(name, value, prog_bar=prog_bar, **options)
 
     def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
         """Record several metrics with the same options."""
-        log = self.trainer.metrics.log
-        for name, value in dictionary.items():
-            log(name, value, prog_bar=prog_bar, **options)
+        self.trainer.metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
 
     def all_gather(self, data: Any) -> Any:
         """Return each tensor in `data` gathered from all ranks, shape ``(world_size, *shape)``."""
