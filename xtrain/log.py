@@ -95,8 +95,7 @@ class MetricLog:
         if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int) or log_every_n_steps < 0:
             received = f"log_every_n_steps={log_every_n_steps!r}"
             raise ConfigurationError(explain("an int of at least 0", received, "Trainer(log_every_n_steps=50)"))
-        self._read_scalars, self._all_reduce = read_scalars, all_reduce
-        self._asynchronous = asynchronous
+        self._read_scalars, self._all_reduce, self._asynchronous = read_scalars, all_reduce, asynchronous
         self._every = log_every_n_steps or _READ_EVERY
         self._sends_steps = log_every_n_steps > 0
         self.loggers: Sequence[Logger] = ()
@@ -168,14 +167,14 @@ class MetricLog:
         """Remember values. Neither waits for the device nor gives it work.
 
         Args:
-            values: numbers, tensors of one element or torchmetrics objects by name; logged per step and per
+            values: numbers, tensors of one element or torchmetrics objects, by name. Logged per step and per
                 epoch, a name becomes ``name_step`` and ``name_epoch``.
             prog_bar: show it in the progress bar.
             logger: send it to the loggers.
             on_step: send the newest value at every log point; the default in the hooks of a training step.
             on_epoch: send the reduction over the epoch; the default in all other hooks.
-            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function
-                of the 1-dim tensor of all values of the epoch.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a
+                1-dim tensor, all values of the epoch.
             sync_dist: reduce over the ranks too, at log points and epoch ends; every rank must log it.
             batch_size: weight of this value in the mean; default: the first dimension of the batch.
             add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
@@ -198,16 +197,13 @@ class MetricLog:
                     continue
                 check_value(name, value)
                 value = float(value)
-            metric.latest = value
-            metric.fresh = True
+            metric.latest, metric.fresh = value, True
             if metric.on_epoch:
                 metric.waiting.append(value)
-                metric.waiting_weights.append(self._weight(batch_size))
+                metric.waiting_weights.append(self._weight() if batch_size is None else check_weight(batch_size))
 
-    def _weight(self, batch_size: int | None) -> int:
+    def _weight(self) -> int:
         stage = self._stage
-        if batch_size is not None:
-            return check_weight(batch_size)
         if stage.batch_size is None:
             stage.batch_size = next((tensor.size(0) for tensor in tensors_in(stage.batch) if tensor.dim()), 1)
         return stage.batch_size
