@@ -129,8 +129,7 @@ class Trainer(TrainerState):
         waits = self.backend.capabilities.asynchronous
         self.metrics = MetricLog(self.backend.read_scalars, self._all_reduce, log_every_n_steps, waits)
         self.transfer: Callable[[Any, int], Any] = make_transfer(self.backend)
-        self.life = GradientLife(self.backend, {})
-        self.plan = FitPlan()
+        self.life, self.plan = GradientLife(self.backend, {}), FitPlan()
 
     # ---------------------------------------------------------------- what users call
 
