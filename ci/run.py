@@ -87,15 +87,8 @@ def _run_tests(leg: Leg, folder: Path, deadline: float, result: Result) -> None:
     files = [str(path.relative_to(ROOT)) for pattern in leg.tests for path in sorted(ROOT.glob(pattern))]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [
-            "python",
-            "-m",
-            "pytest",
-            f"--junitxml={report}",
-            "--durations=5",
-            *leg.arguments,
-            *(files or leg.tests),
-        ]
+        options = (f"--junitxml={report}", "--durations=5", *leg.arguments)
+        command = ["python", "-m", "pytest", *options, *(files or leg.tests)]
         status = _call(command, folder, leg, deadline)
         _count(report, result)
     if status:
