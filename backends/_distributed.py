@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +14,7 @@ from torch import distributed as dist
 
 from xtrain import launch
 from xtrain.contract import Collectives, ReduceOp
+from xtrain.seed import stream_of_rank
 
 T = TypeVar("T")
 
@@ -114,6 +116,11 @@ def join_processes(
     if dist.get_world_size() == 1 and not always:
         return Collectives()
     return TorchCollectives(device, launch.current_launch().local_rank)
+
+
+def random_stream(collectives: Collectives, device: torch.device) -> AbstractContextManager[None]:
+    """Return the context in which each of several processes draws its own random numbers."""
+    return stream_of_rank(collectives.rank, device) if collectives.world_size > 1 else nullcontext()
 
 
 def gather_objects(value: Any, world_size: int) -> list[Any]:

@@ -8,7 +8,7 @@ it likes, as often as it likes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from xtrain.precision import LossScaler, rescale_gradients
 from xtrain.rules import reevaluates_closure
 
 from ._averaging import average_gradients
-from ._distributed import join_processes
+from ._distributed import join_processes, random_stream
 from ._overlap import Overlap, Reductions
 from ._replicas import check_module, check_optimizers
 
@@ -87,6 +87,9 @@ class EagerBackend(Backend):
             self._early = Overlap(parameters, self.bucket_mb * 2**20, self.timeout) if self.overlap else None
         if self.precision.loss_scaling and self.scaler is None:
             self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+
+    def random_stream(self) -> AbstractContextManager[None]:
+        return random_stream(self.collectives, self.device)
 
     def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
         optimizer.optimizer.zero_grad(set_to_none)

@@ -22,7 +22,7 @@ from ._deepspeed_config import check_precision, engine_config, read_config
 from ._deepspeed_engine import OptimizerEngine
 from ._deepspeed_rules import RULES
 from ._deepspeed_sharding import ShardedModule, Undo
-from ._distributed import join_processes
+from ._distributed import join_processes, random_stream
 
 
 @final
@@ -128,6 +128,9 @@ class DeepSpeed(Backend):
         }
         if self._sharded is not None:
             self._sharded.hold()
+
+    def random_stream(self) -> AbstractContextManager[None]:
+        return random_stream(self.collectives, self.device)
 
     def teardown(self) -> None:
         if self._sharded is not None:

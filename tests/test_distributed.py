@@ -86,21 +86,17 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pair):
     assert first[0] == [[3, 1], [4, 0]]
 
 
-def test_collectives_for_users(pair):
-    for rank, said in enumerate(pair.run(rank_jobs.talk)):
-        assert said == {
-            "gathered": [0, 1],
-            "shape": [2, 2],
-            "object": {"rank": 1},
-            "tensor": [0],
-            "zero": rank == 0,
-            "only": "written" if rank == 0 else None,
-            "sum": [1, 2],
-            "mean of ints": [0.5],
-            "mean": 0.5,
-            "highest": 1.0,
-            "own": float(rank),
-        }
+def test_whole_numbers_are_reduced(pair):
+    assert pair.run(rank_jobs.reduced) == [[[1, 2], [0.5, 1.0], [1, 1], [0, 1]]] * 2
+
+
+def test_each_rank_draws_its_own_noise_in_a_run(pair):
+    first, second = pair.run(rank_jobs.drawn)
+    noise = [number for runs, _ in (first, second) for number, _ in runs]
+    assert len(set(noise)) == 4, "two ranks in two runs"
+    assert first[0][0][1] == second[0][0][1], "a choice by Python's generator is the same on all ranks"
+    assert first[1] == second[1], "outside of runs all ranks draw the same"
+    assert pair.run(rank_jobs.drawn) == [first, second], "the seed decides"
 
 
 def test_a_line_search_sees_the_mean_loss(pair):

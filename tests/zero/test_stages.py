@@ -7,7 +7,6 @@ import jobs
 import pytest
 import torch
 from hypothesis import given, settings
-from ranks import Ranks
 
 from xtrain import ConfigurationError, ProtocolError, Trainer
 from xtrain.testing import BackendConformance
@@ -15,7 +14,8 @@ from xtrain.testing.experiments import EXPERIMENTS, expect, outcome_of, perform
 from xtrain.testing.modules import Gan
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
-from xtrain.testing.probes import unordered_schedulers
+from xtrain.testing.probes import communicate, heard_by, unordered_schedulers
+from xtrain.testing.ranks import Ranks
 from xtrain.testing.sequences import plans, run_plainly
 
 BY_NAME = {e.name: e for e in EXPERIMENTS}
@@ -110,6 +110,11 @@ def test_gradient_penalty_on_a_partitioned_network(pair):
 def test_a_parameter_that_only_one_rank_reaches(pair, stage):
     for parameters in pair.run(partial(jobs.sometimes, {"stage": stage})):
         torch.testing.assert_close(parameters, jobs.sometimes_by_hand(), atol=1e-6, rtol=0)
+
+
+def test_collectives_for_users(pair):
+    heard = pair.run(partial(communicate, "deepspeed", "32-true", {"stage": 2}))
+    assert heard == [heard_by(rank, 2) for rank in range(2)]
 
 
 @by_stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -75,6 +76,7 @@ def _serve(pipe: Any, rank: int, count: int, port: int, prepare: Callable[[], No
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
+        gc.freeze()  # what was imported is not looked through again by every collection
     while True:
         job = pipe.recv()
         with warnings.catch_warnings(record=True) as caught:
