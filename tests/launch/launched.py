@@ -1,9 +1,11 @@
 """A script that trains on several processes and tells what came of it: started by the tests of launching."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -78,7 +80,14 @@ class _Shares:
         return iter(batches(4, self.trainer.world_size, self.trainer.global_rank))
 
 
+def tell_who_watches() -> None:
+    """A thread that is inside torch when the interpreter ends aborts the process, now and then."""
+    if any(thread.name == "xtrain-ranks" for thread in threading.enumerate()):
+        print("the other ranks are still watched", flush=True)
+
+
 def main() -> None:
+    atexit.register(tell_who_watches)  # the first to register is the last to be called
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--devices", type=int)

@@ -87,6 +87,7 @@ def test_every_launcher_trains_as_one_process(launcher, tmp_path):
         "python of one": "processes=1 (no launcher)",
     }
     assert said.count("xtrain: backend=cpu") == 1  # rank 0 alone says it
+    assert "still watched" not in said
     assert source[launcher] in said
 
 
@@ -124,6 +125,7 @@ def test_one_rank_fails(harm, rank, says, tmp_path):
     assert re.search(says, said, re.DOTALL), said
     assert said.count("Error: ") + said.count("KeyboardInterrupt") < 5, f"one failure, told once: {said}"
     assert "is done" not in said
+    assert "still watched" not in said
     assert no_orphans(str(tmp_path))
 
 
