@@ -4,6 +4,7 @@ import random
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 from xtrain_backends._averaging import average_gradients
 
 from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
@@ -135,6 +136,49 @@ def drawn(world_size, rank):
         make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, batches(1, world_size, rank))
         runs.append(module.drawn)
     return runs, torch.rand(()).item()
+
+
+class Stream:
+    """Batches of which nobody knows how many there are."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(torch.arange(self.count))
+
+
+class Reads(Gan):
+    """Notes the batches of each epoch, and which was called the last."""
+
+    def on_fit_start(self):
+        self.seen = []
+
+    def on_train_epoch_start(self):
+        self.seen.append([])
+
+    def training_step(self, batch, batch_idx):
+        self.seen[-1].append((batch.tolist(), self.trainer.is_last_batch))
+
+
+def uneven(counts, how, world_size, rank):
+    """Read streams of unequal length for two epochs."""
+    module = Reads()
+    make_trainer("cpu", "32-true", {}, max_epochs=2, uneven_batches=how).fit(module, Stream(counts[rank]))
+    return module.seen
+
+
+def orders(kind, world_size, rank):
+    """Read a shuffled loader for two epochs; return the numbers of each batch."""
+    seed_everything(5)
+    torch.manual_seed(rank)  # the order must not come from the ranks' own generators
+    numbers = range(22)
+    loader = DataLoader(numbers, batch_size=4, shuffle=True)
+    if kind == "distributed already":
+        loader = DataLoader(numbers, batch_size=4, sampler=DistributedSampler(numbers, world_size, rank, seed=9))
+    module = Reads()
+    make_trainer("cpu", "32-true", {}, max_epochs=2).fit(module, loader)
+    return [[batch for batch, _ in epoch] for epoch in module.seen]
 
 
 class LineSearch(LightningModule):

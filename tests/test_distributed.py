@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import rank_jobs
 import torch
+from torch.utils.data import DistributedSampler
 
 from xtrain import ConfigurationError, ProtocolError
 from xtrain.testing.ranks import Ranks
@@ -84,6 +85,37 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pair):
     first, second = pair.run(rank_jobs.overflow)
     assert first == second
     assert first[0] == [[3, 1], [4, 0]]
+
+
+@pytest.mark.parametrize(("counts", "drop", "finish"), [((5, 3), 3, 5), ((2, 4), 2, 4), ((3, 3), 3, 3)])
+def test_ranks_that_do_not_know_their_lengths_end_together(pair, counts, drop, finish):
+    for how, length in (("drop", drop), ("finish", finish)):
+        for count, epochs in zip(counts, pair.run(partial(rank_jobs.uneven, counts, how)), strict=True):
+            # who has no more repeats the last batch
+            expected = [(min(index, count - 1), index == length - 1) for index in range(length)]
+            assert epochs == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("counts", "how"), [((0, 2), "finish"), ((2, 0), "finish"), ((0, 2), "drop"), ((0, 0), "drop")]
+)
+def test_a_rank_without_any_batch_is_told_on_all_ranks(pair, counts, how):
+    says = "a batch on every rank" if how == "finish" else "batch in the training loader"
+    with pytest.raises(ConfigurationError, match=says):
+        pair.run(partial(rank_jobs.uneven, counts, how))
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("made distributed", 5), ("distributed already", 9)])
+def test_the_order_of_an_epoch_is_that_of_torch(pair, kind, seed):
+    for rank, epochs in enumerate(pair.run(partial(rank_jobs.orders, kind))):
+        sampler = DistributedSampler(range(22), 2, rank, seed=seed)
+        expected = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            expected.append([order[i : i + 4] for i in range(0, len(order), 4)])
+        assert epochs == expected
+        assert epochs[0] != epochs[1]
 
 
 def test_whole_numbers_are_reduced(pair):

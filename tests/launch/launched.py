@@ -64,7 +64,8 @@ def fit(options):
     if options.out:
         path = options.out / f"rank-{trainer.global_rank}.pt"
         torch.save({"world": trainer.world_size, "pid": os.getpid(), **module.state_dict()}, path)
-    print(f"rank {trainer.global_rank} of {trainer.world_size} is done", flush=True)
+    heavy = [name for name in ("torch_xla", "deepspeed", "accelerate") if name in sys.modules]
+    print(f"rank {trainer.global_rank} of {trainer.world_size} is done with {heavy}", flush=True)
 
 
 class _Shares:

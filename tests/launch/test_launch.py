@@ -87,6 +87,7 @@ def test_every_launcher_trains_as_one_process(launcher, tmp_path):
         "python of one": "processes=1 (no launcher)",
     }
     assert said.count("xtrain: backend=cpu") == 1  # rank 0 alone says it
+    assert "is done with []" in said  # torch_xla and the like may be installed, but nobody asked for them
     assert "still watched" not in said
     assert source[launcher] in said
 
@@ -94,10 +95,10 @@ def test_every_launcher_trains_as_one_process(launcher, tmp_path):
 def test_started_ranks_work_where_the_command_was_given(tmp_path):
     code = (
         f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]; import xtrain, launched; "
-        f"os.chdir({str(tmp_path)!r}); sys.argv = ['x', '--devices', '2', '--out', {str(tmp_path)!r}]; launched.main()"
+        f"os.chdir({str(tmp_path)!r}); sys.argv = ['x', '--devices', '4', '--out', {str(tmp_path)!r}]; launched.main()"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), timeout=BOUND, cwd=ROOT, check=True)
-    same_as_one_process(tmp_path, 2)
+    same_as_one_process(tmp_path, 4)  # whatever the number of cores
 
 
 # ---------------------------------------------------------------- the end of a rank is the end of all
@@ -160,9 +161,50 @@ def test_one_number_of_devices_per_program(tmp_path):
 
 
 def test_devices_must_be_what_torchrun_started():
-    status, said = run("--devices", 3, program=torchrun(2))
+    apart = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    status, said = run("--devices", 3, program=torchrun(2), **apart)
     assert status == 1
+    assert "SLURM_NTASKS=2 tasks, but torchrun counts 1 machine(s), so each of them trains apart" in said
     assert "devices=3, but torchrun started 2 (LOCAL_WORLD_SIZE=2)" in said
+
+
+def accelerate(*arguments):
+    return sys.executable, "-m", "accelerate.commands.launch", *arguments
+
+
+def test_accelerate_that_starts_one_process_is_noticed():
+    status, said = run(program=accelerate("--cpu", "--num_processes", "2"))
+    assert status == 0
+    assert (
+        "Expected 2 processes. Received: one; accelerate launch starts several on the CPU only through mpirun" in said
+    )
+    assert "torchrun --nproc_per_node=2 script.py" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "says"),
+    [
+        (
+            ["distributed_type: FSDP", "fsdp_config: {fsdp_version: 1}"],
+            [],
+            "for CPU, MULTI_GPU, DEEPSPEED or XLA (TPU). Received: one for FSDP (ACCELERATE_USE_FSDP=true)",
+        ),
+        (
+            ["distributed_type: 'NO'", "use_cpu: true"],
+            ["--backend", "cuda"],
+            "backend='cuda', but ACCELERATE_USE_CPU=True asks for 'cpu'",
+        ),
+    ],
+    ids=["a kind that is not run", "a script that disagrees"],
+)
+def test_configuration_files_of_accelerate(settings, flags, says, tmp_path):
+    common = ["compute_environment: LOCAL_MACHINE", "mixed_precision: 'no'", "num_machines: 1", "num_processes: 1"]
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("\n".join([*common, *settings]), encoding="utf-8")
+    status, said = run(*flags, program=accelerate("--config_file", str(file)))
+    assert status == 1
+    assert says in said
+    assert "Fix: " in said
 
 
 def free_port():
