@@ -85,10 +85,10 @@ class Odd(Gan):
         return g_opt, d_opt
 
 
-def odd(what, options, world_size, rank):
+def odd(what, options, world_size, rank, backend="cpu"):
     torch.manual_seed(3)
     module = Odd(what, rank)
-    make_trainer("cpu", "32-true", options, max_epochs=1).fit(module, batches(1, world_size, rank))
+    make_trainer(backend, "32-true", options, max_epochs=1).fit(module, batches(1, world_size, rank))
     return module.D.last.bias.detach().clone(), module.norm.running_mean.clone()
 
 

@@ -120,7 +120,7 @@ def test_started_ranks_work_where_the_command_was_given(tmp_path):
     ],
 )
 def test_one_rank_fails(harm, rank, says, tmp_path):
-    wait = ["--timeout", 5] if harm == "hang" else []
+    wait = ["--timeout", 3] if harm == "hang" else []
     status, said = run("--devices", 2, "--harm", harm, "--rank", rank, "--out", tmp_path, *wait)
     assert status == (130 if harm == "interrupt" else 1) or status == -signal.SIGINT, said
     assert re.search(says, said, re.DOTALL), said
@@ -220,7 +220,7 @@ def by_hand(rank, count, port):
     }
 
 
-def joining(rank, count, port, seconds=4):
+def joining(rank, count, port, seconds=2):
     """Join a run from a process of its own; return what it printed."""
     code = f"from xtrain import launch; launch.join(seconds={seconds}); print('joined')"
     return subprocess.Popen(
@@ -238,9 +238,10 @@ def said_by(process):
 
 
 def test_a_missing_rank_is_named():
-    port = free_port()
-    assert "Expected 3 ranks (WORLD_SIZE). Received: none of rank 1, 2 within 4 s" in said_by(joining(0, 3, port))
-    assert f"Expected rank 0 at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" in said_by(joining(1, 2, port))
+    port, other = free_port(), free_port()
+    alone, lost = joining(0, 3, port), joining(1, 2, other)
+    assert "Expected 3 ranks (WORLD_SIZE). Received: none of rank 1, 2 within 2 s" in said_by(alone)
+    assert f"Expected rank 0 at MASTER_ADDR=127.0.0.1 MASTER_PORT={other}" in said_by(lost)
 
 
 def test_a_busy_port_is_named():

@@ -5,6 +5,7 @@ from functools import partial
 
 import jobs
 import pytest
+import rank_jobs
 import torch
 from hypothesis import given, settings
 
@@ -110,6 +111,18 @@ def test_gradient_penalty_on_a_partitioned_network(pair):
 def test_a_parameter_that_only_one_rank_reaches(pair, stage):
     for parameters in pair.run(partial(jobs.sometimes, {"stage": stage})):
         torch.testing.assert_close(parameters, jobs.sometimes_by_hand(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("what", "first_difference"),
+    [
+        ("shape", r"'parameter G.last.weight: shape \(4, 6\).*' on rank 0, but '.*shape \(5, 6\).*' on rank 1"),
+        ("class", "'optimizer 1: Adam' on rank 0, but 'optimizer 1: SGD' on rank 1"),
+    ],
+)
+def test_ranks_that_train_different_things_are_refused(pair, what, first_difference):
+    with pytest.raises(ConfigurationError, match=first_difference):
+        pair.run(partial(rank_jobs.odd, what, {"stage": 2}, backend="deepspeed"))
 
 
 def test_collectives_for_users(pair):
