@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +14,6 @@ from torch import distributed as dist
 
 from xtrain import launch
 from xtrain.contract import Collectives, ReduceOp
-from xtrain.seed import stream_of_rank
 
 T = TypeVar("T")
 
@@ -118,9 +117,24 @@ def join_processes(
     return TorchCollectives(device, launch.current_launch().local_rank)
 
 
-def random_stream(collectives: Collectives, device: torch.device) -> AbstractContextManager[None]:
-    """Return the context in which each of several processes draws its own random numbers."""
-    return stream_of_rank(collectives.rank, device) if collectives.world_size > 1 else nullcontext()
+@contextmanager
+def random_stream(collectives: Collectives, device: torch.device) -> Iterator[None]:
+    """Let torch draw other numbers on each rank inside the context, and the same on all of them after it.
+
+    Noise and dropout that are the same on every rank would make their gradients worth less than they could
+    be. Python's and NumPy's generators are left alone: what a step decides with them stays common.
+
+    Args:
+        collectives: of the run; one of a single process is left alone.
+        device: where it draws, besides the CPU.
+    """
+    if collectives.world_size == 1:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))  # from the common stream, so that a second run draws something else
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed + collectives.rank)
+        yield
 
 
 def gather_objects(value: Any, world_size: int) -> list[Any]:

@@ -96,11 +96,10 @@ def test_ranks_that_do_not_know_their_lengths_end_together(pair, counts, drop, f
             assert epochs == [expected, expected]
 
 
-@pytest.mark.parametrize(
-    ("counts", "how"), [((0, 2), "finish"), ((2, 0), "finish"), ((0, 2), "drop"), ((0, 0), "drop")]
-)
+@pytest.mark.parametrize("how", ["drop", "finish"])
+@pytest.mark.parametrize("counts", [(0, 2), (2, 0)])
 def test_a_rank_without_any_batch_is_told_on_all_ranks(pair, counts, how):
-    says = "a batch on every rank" if how == "finish" else "batch in the training loader"
+    says = "a batch on every rank" if how == "finish" else "at least one batch from the training loader"
     with pytest.raises(ConfigurationError, match=says):
         pair.run(partial(rank_jobs.uneven, counts, how))
 

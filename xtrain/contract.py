@@ -169,7 +169,7 @@ class Backend(ABC):
         return self.precision.forward_context(self.device.type)
 
     def random_stream(self) -> AbstractContextManager[Any]:
-        """Return the context of a run, in which torch draws other numbers on each rank; see `stream_of_rank`."""
+        """Return the context of a run, in which torch should draw other random numbers on each rank."""
         return nullcontext()
 
     def training_batches(self, loader: Iterable[Any]) -> Iterable[Any]:

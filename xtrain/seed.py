@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -38,20 +36,3 @@ def seed_everything(seed: int | None = None, workers: bool = False) -> int:
         sys.modules["numpy"].random.seed(chosen)
     torch.manual_seed(chosen)
     return chosen
-
-
-@contextmanager
-def stream_of_rank(rank: int, device: torch.device) -> Iterator[None]:
-    """Let torch draw other numbers on each rank inside the context, and the same on all of them after it.
-
-    Noise and dropout that are the same on every rank would make the ranks' gradients less than they could
-    be worth. Python's and NumPy's generators are left alone: what a step decides with them stays common.
-
-    Args:
-        rank: of this process.
-        device: where it draws, besides the CPU.
-    """
-    seed = int(torch.randint(2**62, ()))  # from the common stream, so that a second run draws something else
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(seed + rank)
-        yield
