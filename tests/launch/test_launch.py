@@ -31,7 +31,7 @@ def environment(**variables):
 
 def run(*arguments, program=(sys.executable,), **variables):
     """Run the script; return its status and all it printed."""
-    command = [*program, str(SCRIPT), *map(str, arguments)]
+    command = [*map(str, program), str(SCRIPT), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
     done = subprocess.run(command, env=environment(**variables), timeout=BOUND, cwd=ROOT, **options)
     return done.returncode, done.stdout
@@ -168,12 +168,13 @@ def test_devices_must_be_what_torchrun_started():
     assert "devices=3, but torchrun started 2 (LOCAL_WORLD_SIZE=2)" in said
 
 
-def accelerate(*arguments):
-    return sys.executable, "-m", "accelerate.commands.launch", *arguments
+def run_by_accelerate(*settings, flags=()):
+    program = (sys.executable, "-m", "accelerate.commands.launch", *settings)
+    return run(*flags, program=program, USE_TORCH_XLA="0")  # it would load an installed torch_xla, unlike xtrain
 
 
 def test_accelerate_that_starts_one_process_is_noticed():
-    status, said = run(program=accelerate("--cpu", "--num_processes", "2"))
+    status, said = run_by_accelerate("--cpu", "--num_processes", "2")
     assert status == 0
     assert (
         "Expected 2 processes. Received: one; accelerate launch starts several on the CPU only through mpirun" in said
@@ -201,7 +202,7 @@ def test_configuration_files_of_accelerate(settings, flags, says, tmp_path):
     common = ["compute_environment: LOCAL_MACHINE", "mixed_precision: 'no'", "num_machines: 1", "num_processes: 1"]
     file = tmp_path / "accelerate.yaml"
     file.write_text("\n".join([*common, *settings]), encoding="utf-8")
-    status, said = run(*flags, program=accelerate("--config_file", str(file)))
+    status, said = run_by_accelerate("--config_file", file, flags=flags)
     assert status == 1
     assert says in said
     assert "Fix: " in said
@@ -255,6 +256,8 @@ def test_a_busy_port_is_named():
 def test_a_rank_started_twice_is_told():
     port = free_port()
     first, second = joining(0, 2, port, 40), joining(0, 2, port, 40)
+    while first.poll() is None and second.poll() is None:  # rank 1 would let one of them end before the other starts
+        time.sleep(0.05)
     third = joining(1, 2, port, 40)
     said = [said_by(process) for process in (first, second, third)]
     assert any("two with RANK=0" in text or "in use on" in text for text in said[:2]), said
