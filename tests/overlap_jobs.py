@@ -143,6 +143,18 @@ class Skips(Layers):
             opt.step()
 
 
+class Unfinished(Layers):
+    """One rank has started an average when the run ends, the other never came there."""
+
+    start = BATCHES - 1
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx < self.start:
+            super().training_step(batch, batch_idx)
+        elif self.global_rank == 1:
+            self.plain_step(self.optimizers(), batch)
+
+
 class Hooked(Layers):
     """A hook of the user changes each gradient of one layer when it has arrived, later than everybody else's."""
 
@@ -182,6 +194,7 @@ CASES = {
     "zeroed": Zeroed,
     "raises": Raises,
     "skips": Skips,
+    "unfinished": Unfinished,
     "hooked": Hooked,
     "sparse": partial(Sparse, both=True),
     "sparse on one rank": partial(Sparse, both=False),

@@ -128,12 +128,12 @@ class Draws(Gan):
         self.drawn = torch.rand(()).item(), random.random()
 
 
-def drawn(world_size, rank):
+def drawn(world_size, rank, backend="cpu"):
     """Return what two runs drew, and what was drawn after them."""
     seed_everything(3)
     module, runs = Draws(), []
     for _ in range(2):
-        make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, batches(1, world_size, rank))
+        make_trainer(backend, "32-true", {}, max_epochs=1).fit(module, batches(1, world_size, rank))
         runs.append(module.drawn)
     return runs, torch.rand(()).item()
 

@@ -31,6 +31,7 @@ def pair():
         ("zeroed", 9, 6, 3),
         ("raises", 9, 6, 3),
         ("skips", 3, 3, 2),  # three steps: one to learn, one early, one where a rank had nothing to start
+        ("unfinished", 12, 0, 1),
         ("hooked", 10, 3, 6),  # its bucket is given up after three
         ("sparse", 15, 3, 6),  # a fourth bucket, likewise
         ("sparse on one rank", 15, 3, 6),

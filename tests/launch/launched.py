@@ -51,13 +51,18 @@ harms = {
 }
 
 
+def read_option(text):
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
 def fit(options):
     trainer = Trainer(
         options.backend,
         devices=options.devices,
         max_epochs=1,
         enable_progress_bar=False,
-        backend_options={"timeout": options.timeout} if options.timeout else None,
+        backend_options=dict(options.option) or None,
     )
     module = Trained(options.harm, options.rank)
     trainer.fit(module, _Shares(trainer))
@@ -94,7 +99,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int)
     parser.add_argument("--harm", default="none", choices=harms)
     parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--timeout", type=float)
+    parser.add_argument("--option", type=read_option, action="append", default=[], help="of the backend: timeout=3")
     parser.add_argument("--again", type=int, help="fit a second time on so many devices")
     parser.add_argument("--caught", action="store_true", help="go on after an error, and fit again")
     parser.add_argument("--out", type=Path)

@@ -125,6 +125,12 @@ def test_ranks_that_train_different_things_are_refused(pair, what, first_differe
         pair.run(partial(rank_jobs.odd, what, {"stage": 2}, backend="deepspeed"))
 
 
+def test_each_rank_draws_its_own_noise_in_a_run(pair):
+    (first, after), (second, other) = pair.run(partial(rank_jobs.drawn, backend="deepspeed"))
+    assert len({number for runs in (first, second) for number, _ in runs}) == 4
+    assert after == other
+
+
 def test_collectives_for_users(pair):
     heard = pair.run(partial(communicate, "deepspeed", "32-true", {"stage": 2}))
     assert heard == [heard_by(rank, 2) for rank in range(2)]
