@@ -68,7 +68,8 @@ def fit(options):
     trainer.fit(module, _Shares(trainer))
     if options.out:
         path = options.out / f"rank-{trainer.global_rank}.pt"
-        torch.save({"world": trainer.world_size, "pid": os.getpid(), **module.state_dict()}, path)
+        parameters = {name: value.cpu() for name, value in module.state_dict().items()}
+        torch.save({"world": trainer.world_size, **parameters}, path)
     heavy = [name for name in ("torch_xla", "deepspeed", "accelerate") if name in sys.modules]
     print(f"rank {trainer.global_rank} of {trainer.world_size} is done with {heavy}", flush=True)
 

@@ -23,6 +23,10 @@ BOUND = 100
 """Seconds any of these runs may take on a busy machine; what is waited for by design is far below."""
 
 
+PYTHON = (sys.executable,)
+TWO = ("--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
 def environment(**variables):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "MASTER", "LOCAL_", "XTRAIN_"))}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -32,6 +36,8 @@ def environment(**variables):
 def run(*arguments, program=(sys.executable,), **variables):
     """Run the script; return its status and all it printed."""
     command = [*map(str, program), str(SCRIPT), *map(str, arguments)]
+    if "accelerate.commands.launch" in program and "--tpu" not in program:
+        variables["USE_TORCH_XLA"] = "0"  # it would load an installed torch_xla, unlike xtrain
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
     done = subprocess.run(command, env=environment(**variables), timeout=BOUND, cwd=ROOT, **options)
     return done.returncode, done.stdout
@@ -39,6 +45,10 @@ def run(*arguments, program=(sys.executable,), **variables):
 
 def torchrun(count):
     return sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"
+
+
+def accelerate(*settings):
+    return sys.executable, "-m", "accelerate.commands.launch", *settings
 
 
 def processes_of(token):
@@ -61,35 +71,41 @@ def no_orphans(token):
     return not left
 
 
-def same_as_one_process(folder, ranks):
+def same_as_one_process(folder, ranks, tolerance=1e-6):
     experiment = next(e for e in EXPERIMENTS if e.name == "gan-clip-norm")
     expected = expect(experiment, "32-true").parameters
     for rank in range(ranks):
         saved = torch.load(folder / f"rank-{rank}.pt")
         assert saved["world"] == ranks
         for name, value in expected.items():
-            torch.testing.assert_close(saved[name], value, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(saved[name], value, atol=tolerance, rtol=tolerance)
 
 
 # ---------------------------------------------------------------- the same parameters
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "python of one"])
-def test_every_launcher_trains_as_one_process(launcher, tmp_path):
-    program = torchrun(2) if launcher == "torchrun" else (sys.executable,)
-    devices = ["--devices", 2] if launcher == "python" else []
-    status, said = run("--backend", "auto", "--out", tmp_path, *devices, program=program)
+@pytest.mark.parametrize(
+    ("program", "variables", "backend", "processes"),
+    [
+        (PYTHON, {}, "cpu", "1 (no launcher)"),
+        (PYTHON, {}, "cpu", "2 (given)"),
+        (torchrun(2), {}, "cpu", "2 (torchrun, WORLD_SIZE=2)"),
+        (accelerate("--multi_gpu", *TWO), {"ACCELERATE_USE_CPU": "true"}, "cpu", "2 (accelerate, WORLD_SIZE=2)"),
+        (accelerate("--use_deepspeed", *TWO), {"DS_ACCELERATOR": "cpu"}, "deepspeed", "2 (accelerate, WORLD_SIZE=2)"),
+        (accelerate("--tpu", "--main_training_function", "main"), {"PJRT_DEVICE": "CPU"}, "tpu", "1 (no launcher)"),
+    ],
+    ids=["python", "python with devices=2", "torchrun", "accelerate", "accelerate, DeepSpeed", "accelerate, TPU"],
+)
+def test_every_launcher_trains_as_one_process(program, variables, backend, processes, tmp_path):
+    devices = ["--devices", 2] if processes == "2 (given)" else []
+    status, said = run("--backend", "auto", "--out", tmp_path, *devices, program=program, **variables)
     assert status == 0, said
-    same_as_one_process(tmp_path, 1 if launcher == "python of one" else 2)
-    source = {
-        "python": "processes=2 (given)",
-        "torchrun": "processes=2 (torchrun, WORLD_SIZE=2)",
-        "python of one": "processes=1 (no launcher)",
-    }
-    assert said.count("xtrain: backend=cpu") == 1  # rank 0 alone says it
-    assert "is done with []" in said  # torch_xla and the like may be installed, but nobody asked for them
+    same_as_one_process(tmp_path, int(processes[0]), 1e-5 if backend == "tpu" else 1e-6)
+    assert said.count(f"xtrain: backend={backend} ") == 1  # rank 0 alone says it
+    assert f"processes={processes}" in said
     assert "still watched" not in said
-    assert source[launcher] in said
+    if backend == "cpu":
+        assert "is done with []" in said  # torch_xla and the like may be installed, but nobody asked for them
 
 
 def test_started_ranks_work_where_the_command_was_given(tmp_path):
@@ -169,13 +185,8 @@ def test_devices_must_be_what_torchrun_started():
     assert "devices=3, but torchrun started 2 (LOCAL_WORLD_SIZE=2)" in said
 
 
-def run_by_accelerate(*settings, flags=()):
-    program = (sys.executable, "-m", "accelerate.commands.launch", *settings)
-    return run(*flags, program=program, USE_TORCH_XLA="0")  # it would load an installed torch_xla, unlike xtrain
-
-
 def test_accelerate_that_starts_one_process_is_noticed():
-    status, said = run_by_accelerate("--cpu", "--num_processes", "2")
+    status, said = run(program=accelerate("--cpu", "--num_processes", 2))
     assert status == 0
     assert (
         "Expected 2 processes. Received: one; accelerate launch starts several on the CPU only through mpirun" in said
@@ -203,7 +214,7 @@ def test_configuration_files_of_accelerate(settings, flags, says, tmp_path):
     common = ["compute_environment: LOCAL_MACHINE", "mixed_precision: 'no'", "num_machines: 1", "num_processes: 1"]
     file = tmp_path / "accelerate.yaml"
     file.write_text("\n".join([*common, *settings]), encoding="utf-8")
-    status, said = run_by_accelerate("--config_file", file, flags=flags)
+    status, said = run(*flags, program=accelerate("--config_file", file))
     assert status == 1
     assert says in said
     assert "Fix: " in said
