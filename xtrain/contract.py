@@ -168,6 +168,10 @@ class Backend(ABC):
         """Return a fresh context for one forward pass: autocast, another default dtype, or nothing."""
         return self.precision.forward_context(self.device.type)
 
+    def random_stream(self) -> AbstractContextManager[Any]:
+        """Return the context of a run, in which torch should draw other random numbers on each rank."""
+        return nullcontext()
+
     def training_batches(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return the batches of a training epoch; a backend that cannot take a smaller last one changes them."""
         return loader

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from xtrain.contract import map_tensors
 from xtrain.errors import ConfigurationError, ProtocolError, explain
+from xtrain.gather import gather
 from xtrain.hooks import ModuleHooks
 from xtrain.hparams import HyperParameters, read_hyperparameters
 from xtrain.optimizer import GradientLife, LightningOptimizer
@@ -261,9 +262,16 @@ class LightningModule(ModuleHooks, nn.Module):
         """Record several metrics with the same options."""
         self.trainer.metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
 
-    def all_gather(self, data: Any) -> Any:
-        """Return each tensor in `data` gathered from all ranks, shape ``(world_size, *shape)``."""
-        return map_tensors(self.trainer.backend.collectives.all_gather, data)
+    def all_gather(self, data: Any, *, sync_grads: bool = False) -> Any:
+        """Return `data` with each tensor gathered from all ranks, shape ``(world_size, *shape)``.
+
+        Args:
+            data: a tensor, or nested dicts and sequences of tensors, shaped alike on every rank.
+            sync_grads: let gradients flow back to the rank that a part came from, summed over the ranks
+                whose losses used it; every rank must run that backward. Otherwise the result has no graph.
+        """
+        ranks = self.trainer.backend.collectives
+        return map_tensors(lambda tensor: gather(tensor, ranks, sync_grads), data)
 
     def print(self, *values: Any) -> None:
         """Print on rank 0 only, above the progress bar."""

@@ -51,20 +51,27 @@ harms = {
 }
 
 
+def read_option(text):
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
 def fit(options):
     trainer = Trainer(
         options.backend,
         devices=options.devices,
         max_epochs=1,
         enable_progress_bar=False,
-        backend_options={"timeout": options.timeout} if options.timeout else None,
+        backend_options=dict(options.option) or None,
     )
     module = Trained(options.harm, options.rank)
     trainer.fit(module, _Shares(trainer))
     if options.out:
         path = options.out / f"rank-{trainer.global_rank}.pt"
-        torch.save({"world": trainer.world_size, "pid": os.getpid(), **module.state_dict()}, path)
-    print(f"rank {trainer.global_rank} of {trainer.world_size} is done", flush=True)
+        parameters = {name: value.cpu() for name, value in module.state_dict().items()}
+        torch.save({"world": trainer.world_size, **parameters}, path)
+    heavy = [name for name in ("torch_xla", "deepspeed", "accelerate") if name in sys.modules]
+    print(f"rank {trainer.global_rank} of {trainer.world_size} is done with {heavy}", flush=True)
 
 
 class _Shares:
@@ -93,7 +100,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int)
     parser.add_argument("--harm", default="none", choices=harms)
     parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--timeout", type=float)
+    parser.add_argument("--option", type=read_option, action="append", default=[], help="of the backend: timeout=3")
     parser.add_argument("--again", type=int, help="fit a second time on so many devices")
     parser.add_argument("--caught", action="store_true", help="go on after an error, and fit again")
     parser.add_argument("--out", type=Path)
