@@ -50,6 +50,7 @@ class Runtime:
         self._private = torch_xla._XLAC
         self._sync = torch_xla.sync
         self.meeting: Meeting | None = None
+        self._never: Tensor | None = None
         if cache is not None and not self._private._xla_computation_cache_is_initialized():
             cache.mkdir(parents=True, exist_ok=True)
             xr.initialize_cache(str(cache))
@@ -133,6 +134,28 @@ class Runtime:
         for tensor, sharding in zip(moved, shardings, strict=True):
             spmd.mark_sharding(tensor, sharding.mesh, sharding.partition_spec)
         return moved
+
+    def adam(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], rate: float) -> None:
+        """Step `parameter`, which is fp32, and its `state` in place, by Adam as `group` has it but at `rate`."""
+        if self._never is None:
+            (self._never,) = self.to_device([torch.zeros(())])
+        largest = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # without amsgrad it is neither read nor written
+        self._private._xla_adam_optimizer_step_(
+            self._never,  # what would make it skip
+            state["step"],
+            parameter,
+            parameter.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            largest,
+            *group["betas"],
+            rate,
+            group["weight_decay"],
+            group["eps"],
+            group["amsgrad"],
+            group["maximize"],
+            group["decoupled_weight_decay"],
+        )
 
     # ---------------------------------------------------------------- counters and random numbers
 

@@ -108,23 +108,20 @@ def awkward(step: int, index: int) -> float:
     return factor if index == 0 or step in (20, 21) else 0.5
 
 
-class Jump:
-    """Makes the step counters of both optimizers thousands of steps older, in place."""
-
-    def __init__(self) -> None:
-        self.at = 6
-
-    def __call__(self, optimizers: Any) -> None:
-        for offset, opt in enumerate(optimizers):
-            for state in opt.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"].add_(16612 + 5 * offset)
+def jump(optimizers: Any) -> None:
+    """Make the step counters of both optimizers thousands of steps older, by loading a checkpoint."""
+    for offset, opt in enumerate(optimizers):
+        saved = opt.optimizer.state_dict()
+        for state in saved["state"].values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].cpu() + 16612 + 5 * offset
+        opt.optimizer.load_state_dict(saved)
 
 
 class JumpingGan(Gan):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 6:
-            Jump()(self.trainer.optimizers)
+            jump(self.trainer.optimizers)
 
 
 def late_run(names: list[str]) -> dict[str, Any]:
@@ -143,7 +140,8 @@ def late_run(names: list[str]) -> dict[str, Any]:
 
 def test_counters_and_learning_rates_never_change_the_graph():
     for name, run in fresh(late_run, list(OPTIMIZERS)).items():
-        assert [i for i, n in enumerate(run["compiles"]) if n and i > 1] in ([], [6]), f"{name}: {run['compiles']}"
+        late = [i for i, n in enumerate(run["compiles"]) if n and i > 1]
+        assert late in ([], [6]), f"{name}: {late}; new buffers cost one graph, numbers none"
         assert run["executions"][7:] == [1] * (STEPS - 7), f"{name}: {run['executions']}"
         assert run["items"] == [0] * STEPS, name
         # RAdam subtracts two numbers near 2000 that the device has in fp32 only; 2.9e-3 was measured.
