@@ -29,7 +29,7 @@ from ._xla_lbfgs import HostLBFGS
 from ._xla_mesh import Mesh, check_axes
 from ._xla_move import move_module, move_optimizer
 from ._xla_replicas import Meeting, Replicas
-from ._xla_runtime import Runtime
+from ._xla_runtime import Runtime, rank_here
 from ._xla_steps import Step, Taken
 
 logger = logging.getLogger("xtrain")
@@ -49,7 +49,8 @@ class XLA(Backend):
         mesh: sizes of the axes ``"data"`` and ``"fsdp"``. Batches are split by rows over both, parameters
             and optimizer state over ``"fsdp"``.
         last_batch: what becomes of a smaller last training batch. ``"compile"`` makes one more graph for
-            it, ``"drop"`` leaves it out, ``"pad"`` repeats its first row and adds ``batch["mask"]``.
+            it, ``"drop"`` leaves it out, ``"pad"`` repeats its first row and adds a mask to every batch:
+            ``batch["mask"]`` to a dict, one more item to a tuple or list.
         strict: raise `RecompileError` when a graph is compiled again after the warm-up, with the line
             that did it. Steps take about half as long again.
         compile_cache: a folder for compiled graphs, True for one below ``~/.cache``, False for none.
@@ -102,9 +103,16 @@ class XLA(Backend):
             return f"there is no TPU; {_REHEARSE}"
         return None
 
+    @classmethod
+    def place(cls) -> int | None:
+        return rank_here()
+
     def launch(self) -> None:
         axes = self._wanted_mesh()
-        self._runtime = runtime = Runtime(spmd=axes is not None, cache=self._cache_folder())
+        folder = self._cache_folder()
+        self._runtime = runtime = Runtime(spmd=axes is not None, cache=folder)
+        if folder is not None and not runtime.cached:
+            self._tell(f"No graph is kept in {folder}: others were compiled before, or are kept in another folder.")
         self.device = runtime.device
         self._mesh = None if axes is None else Mesh(axes, runtime)
         self.collectives = self._join_replicas() if runtime.replicas() > 1 else Collectives()
@@ -250,6 +258,10 @@ class XLA(Backend):
     def read_scalars(self, values: Sequence[Tensor]) -> list[float]:
         return [float(value) for value in self._runtime.to_cpu(values)]
 
+    def to_cpu(self, data: Any) -> Any:
+        moved = iter(self._runtime.to_cpu(tensors_in(data)))
+        return map_tensors(lambda _: next(moved).clone(), data)
+
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._runtime.rng_state()}
 
@@ -266,7 +278,7 @@ class XLA(Backend):
         self._steps.clear()
         if self._runtime.meeting is not None and sys.exc_info()[0] is not None:
             self._runtime.meeting.leave()
-        if self._cache_folder() is not None:
+        if self._runtime.cached:
             logger.info("compile cache: %s", self._runtime.cache_counts())
 
     def _tell(self, text: str) -> None:
