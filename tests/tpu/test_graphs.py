@@ -144,5 +144,6 @@ def test_counters_and_learning_rates_never_change_the_graph():
         assert late in ([], [6]), f"{name}: {late}; new buffers cost one graph, numbers none"
         assert run["executions"][7:] == [1] * (STEPS - 7), f"{name}: {run['executions']}"
         assert run["items"] == [0] * STEPS, name
-        # RAdam subtracts two numbers near 2000 that the device has in fp32 only; 2.9e-3 was measured.
-        assert run["error"] < (6e-3 if name == "RAdam" else 1e-3), f"{name}: {run['error']}"
+        # 5.5e-5 was measured after the jump, where powers of beta are rounded; RAdam, which subtracts two numbers
+        # near 2000 that the device has in fp32 only, was 2.9e-3 off.
+        assert run["error"] < (4e-3 if name == "RAdam" else 1e-4), f"{name}: {run['error']}"

@@ -165,9 +165,27 @@ def test_the_last_batch_can_be_filled_up_and_masked():
     torch.testing.assert_close(module.net.weight.detach().cpu(), plain.net.weight.detach())
 
 
+def test_tuples_and_lists_get_the_mask_as_one_more_item():
+    class Pairs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            x, *mask = batch
+            super().training_step({"x": x, **({"mask": mask[0]} if mask else {})}, batch_idx)
+
+    for make in (tuple, list):
+        module, plain = Pairs(), Pairs()
+        loader = [make([x]) for x in rows(19).split(4)]
+        count = fit(module, loader, epochs=2, last_batch="pad")
+        fit(plain, loader, epochs=2, backend="cpu")
+        assert sum(count["compiles"]) <= 2
+        torch.testing.assert_close(module.net.weight.detach().cpu(), plain.net.weight.detach())
+
+
 def test_padding_needs_a_place_for_the_mask():
-    with pytest.raises(errors.ConfigurationError, match="Expected dict batches"):
-        fit(Net(), list(rows(19).split(4)), last_batch="pad")
+    for loader, received in ((list(rows(19).split(4)), "a Tensor"), ([{"x": rows(2), "mask": 1}], "a key 'mask'")):
+        with pytest.raises(errors.ConfigurationError, match="dicts, tuples or lists") as caught:
+            fit(Net(), loader, last_batch="pad")
+        assert received in str(caught.value)
+        assert "or (x, y), or last_batch='drop'" in str(caught.value)
 
 
 def test_what_becomes_of_the_last_batch_is_one_of_three():
