@@ -68,7 +68,7 @@ def user_line() -> str:
 
 def install() -> None:
     """Wrap the methods; every call needs its own `uninstall`, in the same thread."""
-    _thread.runs = getattr(_thread, "runs", 0) + 1
+    _thread.runs = _runs() + 1
     with _lock:
         _installed[0] += 1
         if _installed[0] == 1:
@@ -89,10 +89,14 @@ def uninstall() -> None:
                     setattr(torch.Tensor, name, own)
 
 
+def _runs() -> int:
+    return int(getattr(_thread, "runs", 0))
+
+
 def _wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         target = _target(arguments, options) if name == "to" else "cuda" if name == "cuda" else "cpu"
-        if target == "cuda" and getattr(_thread, "runs", 0):
+        if target == "cuda" and _runs():
             fix = f"remove .{name}(...) at {user_line()}; self.device is the right one"
             raise ConfigurationError(explain("tensors on the device of the run", f"a move to {target}", fix))
         watcher = getattr(_thread, "watcher", None)

@@ -192,7 +192,7 @@ class Backend(ABC):
         return torch.stack([v.detach().to(self.device, torch.float64) for v in values]).tolist()
 
     def to_cpu(self, data: Any) -> Any:
-        """Return `data` with copies of its tensors on the CPU, in as few transfers as possible: what a file may hold."""
+        """Return `data` with copies of its tensors on the CPU, in few transfers: what a file may hold."""
         return map_tensors(lambda t: t.detach().to("cpu", copy=True), data)
 
     def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:

@@ -269,7 +269,8 @@ from xtrain import rank_zero_only
 def main():
     first = rank_zero_only(lambda: True)() is True
     module, trainer = train("plain", xr.global_ordinal())
-    print("RESULT " + json.dumps([trainer.global_rank, trainer.world_size, first, flat(module)]) + "\\n", end="", flush=True)
+    result = [trainer.global_rank, trainer.world_size, first, flat(module)]
+    print("RESULT " + json.dumps(result) + "\\n", end="", flush=True)
 """
 
 

@@ -116,7 +116,7 @@ def test_a_module_that_moves_itself_to_a_gpu_is_told_the_line(move):
 def test_a_module_that_is_on_another_device_already_is_refused():
     module = Tied()
     module.encoder.to("meta")  # the one other device that every machine has
-    with pytest.raises(errors.ConfigurationError, match="encoder.weight on the CPU or on xla:0"):
+    with pytest.raises(errors.ConfigurationError, match=r"encoder\.weight on the CPU or on xla:0"):
         fit(module)
 
 
