@@ -20,7 +20,7 @@ from torch.optim import LBFGS
 
 from xtrain.contract import Backend, Capabilities, Collectives, map_tensors
 from xtrain.errors import ConfigurationError, explain
-from xtrain.optimizer import LightningOptimizer
+from xtrain.optimizer import LightningOptimizer, Phase
 
 from . import _xla_watch as watch
 from ._xla_batches import LAST_BATCH, TrainingBatches, row_count, signature, tensors_in
@@ -86,6 +86,7 @@ class XLA(Backend):
         self.axes = check_axes(mesh)
         self.last_batch, self.strict, self.compile_cache = last_batch, strict, compile_cache
         self._steps: dict[int, Step | HostLBFGS] = {}
+        self._optimizers: Sequence[LightningOptimizer] = ()
         self._hooks: list[Any] = []
         self._told: set[str] = set()
 
@@ -162,6 +163,7 @@ class XLA(Backend):
             self.collectives.share_module(module)
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+        self._optimizers = optimizers
         taken: Taken = {}
         layout = None if self._mesh is None else self._mesh.of_state
         for optimizer in optimizers:
@@ -184,7 +186,7 @@ class XLA(Backend):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        self._guard.begin()
+        self._guard.begin(o for o in self._optimizers if o.phase in (Phase.ACCUMULATED, Phase.FINALIZED))
         with self._syncs.watching(), super().forward_context():
             yield
 
@@ -276,6 +278,7 @@ class XLA(Backend):
             hook.remove()
         self._hooks.clear()
         self._steps.clear()
+        self._optimizers = ()
         if self._runtime.meeting is not None and sys.exc_info()[0] is not None:
             self._runtime.meeting.leave()
         if self._runtime.cached:

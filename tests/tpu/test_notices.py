@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from xtrain_backends._xla_guard import RecompileError
 
 from xtrain import LightningModule, Trainer, errors
+from xtrain.testing.modules import AccumulateApart
+from xtrain.testing.networks import batches
 
 torch_xla.device()  # before the first backward of this process
 
@@ -118,6 +120,13 @@ def test_a_number_that_becomes_zero_is_reported(caplog):
     (notice,) = [r.getMessage() for r in caplog.records]
     assert "Expected no graph to be compiled after the warm-up" in notice
     assert "a number in the step became 0, 1" in notice
+
+
+def test_accumulating_over_several_batches_is_not_reported(caplog):
+    """Two optimizers that step every second and every third batch make gradients, or add to them, in six ways."""
+    trainer = Trainer("tpu", max_epochs=3, enable_progress_bar=False, backend_options={"strict": True})
+    trainer.fit(AccumulateApart(), batches(6))
+    assert caplog.records == []
 
 
 def test_strict_raises_and_names_the_line():
