@@ -89,6 +89,61 @@ def test_a_training_step_is_one_execution_and_reads_nothing_between_log_points()
     assert run["lr"] == 0.01 * 0.99**STEPS
 
 
+class Evaluated(Gan):
+    """Counts what each batch of an evaluation costs, between the starts of two of them."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.count = Count()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", self.D(batch[0]).mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.G(batch[1]).sum()
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.count.on_train_batch_start(None, None, batch, batch_idx)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.count.on_train_batch_start(None, None, batch, batch_idx)
+
+
+def evaluation() -> dict[str, Any]:
+    found = {}
+    for verb in ("validate", "predict"):
+        module = Evaluated()
+        result = getattr(Trainer("tpu", enable_progress_bar=False), verb)(module, Loader())
+        found[verb] = module.count.rows
+        found[f"{verb} result"] = result[0]["score"] if verb == "validate" else [float(row.cpu()) for row in result]
+    with torch.no_grad():
+        module = Evaluated()
+        found["score"] = sum(module.D(x).mean().item() for x, _ in data(9)) / 9
+        found["sums"] = [module.G(z).sum().item() for _, z in data(9)]
+    return found
+
+
+class Loader:
+    """Batches to evaluate; a list would mean several loaders."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Any:
+        return iter(data(9))
+
+
+def test_an_evaluation_step_is_one_execution_too():
+    found = fresh(evaluation)
+    for verb in ("validate", "predict"):
+        rows = found[verb]
+        assert [row["executions"] for row in rows] == [1] * 8, verb
+        assert [row["from_device"] for row in rows] == [0] * 8, verb
+        assert sum(row["compiles"] for row in rows[2:]) == 0, verb
+    assert abs(found["validate result"] - found["score"]) < 1e-6
+    assert max(abs(a - b) for a, b in zip(found["predict result"], found["sums"], strict=True)) < 1e-5
+
+
 # ---------------------------------------------------------------- nothing is compiled late
 
 
