@@ -122,6 +122,11 @@ class Backend(ABC):
     def available(cls) -> str | None:
         """Return None if the backend can run here, else the reason and what to do about it."""
 
+    @classmethod
+    def place(cls) -> int | None:
+        """Return the rank of this process or thread, if it was started without ``RANK`` in the environment."""
+        return None
+
     @abstractmethod
     def launch(self) -> None:
         """Join the launcher's processes, or start the missing ones; set `device` and `collectives`."""
@@ -189,6 +194,10 @@ class Backend(ABC):
         if not values:
             return []
         return torch.stack([v.detach().to(self.device, torch.float64) for v in values]).tolist()
+
+    def to_cpu(self, data: Any) -> Any:
+        """Return `data` with copies of its tensors on the CPU, in few transfers: what a file may hold."""
+        return map_tensors(lambda t: t.detach().to("cpu", copy=True), data)
 
     def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Return a context in which every parameter of `module` is whole (ZeRO-3 gathers here)."""
