@@ -37,14 +37,23 @@ _OWNED: dict[str, tuple[tuple[Any, ...], str]] = {
     "amp": (({"enabled": False},), "Trainer(precision='16-mixed')"),
 }
 
+# What acts in parts of DeepSpeed that a training step of xtrain never comes through.
+_BYPASSED = {
+    "its layers are called directly, not through an engine": (
+        "autotuning compile expert_parallel flops_profiler hybrid_engine tensor_parallel weight_quantization"
+    ),
+    "batches come from your own loaders": "curriculum_learning data_efficiency dataloader_drop_last",
+    "xtrain writes no checkpoints of DeepSpeed's": "checkpoint datastates_ckpt nebula use_node_local_storage",
+    "it steps on gradients of its own choice": "zenflow",
+    "DeepSpeed has removed it": "compression_training elasticity sparse_attention sparse_gradients",
+}
+_WHY_BYPASSED = {key: reason for reason, keys in _BYPASSED.items() for key in keys.split()}
+
 _KEYS = """
-activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last datastates_ckpt
-disable_allgather disable_python_gc dump_state elasticity expert_parallel flops_profiler gradient_predivide_factor
-hybrid_engine log_level memory_breakdown nebula prescale_gradients python_gc seq_parallel_communication_data_type
-sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers use_node_local_storage wandb
-wall_clock_breakdown weight_quantization zenflow zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-zero_optimization
+activation_checkpointing aio bf16 bfloat16 comet comms_logger communication_data_type csv_monitor data_types
+disable_allgather disable_python_gc dump_state gradient_predivide_factor log_level memory_breakdown prescale_gradients
+python_gc seq_parallel_communication_data_type steps_per_print tensorboard timers wandb wall_clock_breakdown
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
 _PASSED_ON = frozenset(_KEYS.split())
 
@@ -79,6 +88,7 @@ def read_config(
     sources += [(where, {name: zero[name] for name in ("stage", *_OFFLOADS) if name in zero})]
     sources += [("accelerate launch", launched)]
     zero.update(_agreed(sources))
+    _check_bypassed("zenflow", zero.get("zenflow"), where)
     _check_zero(zero)
     return result
 
@@ -160,7 +170,7 @@ def _load(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[Co
     fix = "DeepSpeed(config='ds_config.json'), a file that holds one JSON object"
     try:
         loaded = json.loads(Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigurationError(explain("a readable JSON file as config", f"{config} ({error})", fix)) from error
     if not isinstance(loaded, dict):
         raise ConfigurationError(explain("a JSON object as config", f"{type(loaded).__name__} in {config}", fix))
@@ -178,9 +188,10 @@ def _check_keys(config: Config, where: str) -> None:
     for key, value in config.items():
         if key in _OWNED:
             allowed = _OWNED[key][0]
-            off = isinstance(value, dict) and value.get("enabled") is False
-            if value not in allowed and not (off and allowed):
+            if value not in allowed and not (allowed and _is_off(value)):
                 raise _owned(key, value, where)
+        elif key in _WHY_BYPASSED:
+            _check_bypassed(key, value, where)
         elif key not in _PASSED_ON:
             closest = difflib.get_close_matches(key, [*_PASSED_ON, *_OWNED], n=1)
             fix = f'"{closest[0]}": ...' if closest else "https://www.deepspeed.ai/docs/config-json lists the keys"
@@ -193,6 +204,16 @@ def _check_keys(config: Config, where: str) -> None:
                 "leave it out; Trainer(precision='bf16-mixed') accumulates in fp32",
             )
         )
+
+
+def _check_bypassed(key: str, value: Any, where: str) -> None:
+    if value and not _is_off(value):
+        expected = f"{key} to be left out, since {_WHY_BYPASSED[key]}"
+        raise ConfigurationError(explain(expected, f"{key}={value!r} in {where}", f"remove {key!r} from {where}"))
+
+
+def _is_off(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("enabled") is False
 
 
 def _agreed(sources: list[tuple[str, dict[str, Any]]]) -> Config:

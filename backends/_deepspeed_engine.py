@@ -34,10 +34,44 @@ class Owner(nn.Module):
 
 
 def make_engine(model: nn.Module, config: dict[str, Any], optimizer: Optimizer | None = None) -> Any:
-    """Return a DeepSpeed engine on the process group that exists."""
+    """Return a DeepSpeed engine on the process group that exists.
+
+    Raises:
+        ConfigurationError: with what DeepSpeed says, if it cannot make one of these settings.
+    """
     import deepspeed
 
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    try:
+        with _broadcastable(model):
+            return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    except Exception as error:  # assertions, pydantic's, its own, and mistakes of its own
+        received = f"{type(error).__name__}: {error}, for {config}"
+        fix = "leave the setting out, or give it a value that fits the device and the number of processes"
+        raise ConfigurationError(explain("settings that DeepSpeed can make an engine of", received, fix)) from error
+
+
+@contextmanager
+def _broadcastable(model: nn.Module) -> Iterator[None]:
+    """Let DeepSpeed start with parameters without dimensions, which it cannot broadcast as bytes.
+
+    On stage 3 they get a dimension for that moment, elsewhere they are left out: autograd would not
+    forget the dimension, and xtrain has already sent every rank the same parameters.
+    """
+    parameters: list[Any] = [p for p in model.parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
+    whole = isinstance(model, Owner)
+    for parameter in parameters:
+        if whole:
+            parameter.ds_optim_param = True
+        else:
+            parameter.data = parameter.data.view(1)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            if whole:
+                del parameter.ds_optim_param
+            else:
+                parameter.ds_shape = torch.Size()
 
 
 class OptimizerEngine:
@@ -70,13 +104,14 @@ class OptimizerEngine:
         self._optimizer = optimizer
         self.every_parameter = list(named.values())
         self._frozen = [p for p in named.values() if not p.requires_grad]
-        self._groups = len(optimizer.param_groups)
         self.stage: int = config["zero_optimization"]["stage"]
         self.gradients: dict[int, Tensor] | None = None
         self.leftover: dict[int, Tensor] | None = None
         self._overflowed: Tensor | None = None
         self._collectives, self._device = collectives, device
-        self.engine = make_engine(Owner(named), config, optimizer.optimizer)
+        self._raw = optimizer.optimizer
+        self.engine = make_engine(Owner(named), config, self._raw)
+        self._groups = len(self._raw.param_groups)  # DeepSpeed has dropped the empty ones
         self.zero = self.engine.optimizer
         self._offloaded = self.stage > 0 and bool(
             self.zero.cpu_offload if self.stage < 3 else self.zero.offload_optimizer
@@ -146,10 +181,12 @@ class OptimizerEngine:
     def _check_unchanged(self) -> None:
         """Refuse to step on part of what the user means: DeepSpeed fixed its shards at set-up."""
         unfrozen = sum(p.grad is not None for p in self._frozen)
-        added = len(self._optimizer.param_groups) - self._groups
-        if unfrozen or added:
+        added = len(self._raw.param_groups) - self._groups
+        replaced = self._optimizer.optimizer is not self._raw
+        if unfrozen or added or replaced:
             received = f"{unfrozen} parameter(s) unfrozen and {added} group(s) added since"
-            fix = "requires_grad_(True) and add_param_group(...) in configure_optimizers, or a second trainer.fit(...)"
+            received = f"another {type(self._optimizer.optimizer).__name__} in its place" if replaced else received
+            fix = "do it in configure_optimizers, or before a second trainer.fit(...)"
             expected = f"{self._optimizer!r} to train the parameters it had when fit() began"
             raise ConfigurationError(explain(expected, received, fix))
 
@@ -163,6 +200,8 @@ class OptimizerEngine:
                 # from the previous step.
                 if parameter.grad is None:
                     _fill(parameter)
+                elif parameter.grad.is_sparse:  # shards are slices of a dense buffer
+                    parameter.grad = parameter.grad.to_dense()
             if self.stage == 0:
                 self._average()
             else:
@@ -277,7 +316,7 @@ class OptimizerEngine:
 
     def destroy(self) -> None:
         """Give back what DeepSpeed holds."""
-        del self._optimizer.param_groups[self._groups :]  # groups that came later are not in its lists
+        del self._raw.param_groups[self._groups :]  # groups that came later are not in its lists
         self.engine.destroy()
 
 

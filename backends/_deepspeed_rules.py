@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.optim import Adagrad
+from torch.optim import Adafactor, Adagrad, Muon, SparseAdam
 
 from xtrain.rules import Rule, Situation
 
@@ -15,6 +15,15 @@ def _stage(situation: Situation) -> int:
 def _adagrad(situation: Situation) -> str | None:
     found = [i for i, o in enumerate(situation.optimizers) if isinstance(o, Adagrad)]
     return f"optimizer {found[0]} (Adagrad), stage {_stage(situation)}" if found and _stage(situation) else None
+
+
+def _flat(situation: Situation) -> str | None:
+    if not _stage(situation):
+        return None
+    for index, optimizer in enumerate(situation.optimizers):
+        if isinstance(optimizer, Adafactor | Muon | SparseAdam):
+            return f"optimizer {index} ({type(optimizer).__name__}), stage {_stage(situation)}"
+    return None
 
 
 def _frozen(situation: Situation) -> str | None:
@@ -37,6 +46,14 @@ RULES = (
         "torch.optim.Adam(...), or DeepSpeed(stage=0)",
         "deepspeed.runtime.zero",
         _adagrad,
+    ),
+    Rule(
+        "deepspeed-flat",
+        "torch.optim.Adafactor, Muon or SparseAdam with ZeRO stage 1 or above",
+        "DeepSpeed steps on flat, dense slices; these look at a parameter's shape or at sparse gradients.",
+        "torch.optim.AdamW(...), or DeepSpeed(stage=0)",
+        "deepspeed.runtime.zero",
+        _flat,
     ),
     Rule(
         "deepspeed-frozen",

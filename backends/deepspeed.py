@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
@@ -114,6 +114,9 @@ class DeepSpeed(Backend):
             check_optimizers(module, optimizers, self.collectives)
         if not optimizers:
             return
+        if self.stage:
+            partitioned = [names] if self.stage == 3 else [{p: n for n, p in named.items()} for named in owned]
+            _check_dtypes(partitioned, self.precision.parameter_dtype or torch.float32)
         self._undo = Undo(module)
         if self.stage == 3:
             self._sharded = ShardedModule(module, engine_config(self.config, names, self.precision))
@@ -249,3 +252,16 @@ def _named(optimizer: LightningOptimizer, names: Mapping[Any, str]) -> dict[str,
             )
         named[names[parameter]] = parameter
     return named
+
+
+def _check_dtypes(partitioned: Iterable[Mapping[Any, str]], dtype: torch.dtype) -> None:
+    for names in partitioned:
+        for parameter, name in names.items():
+            if parameter.dtype != dtype:
+                raise ConfigurationError(
+                    explain(
+                        f"parameters of {dtype}, which DeepSpeed keeps together in flat buffers",
+                        f"{name} of {parameter.dtype}",
+                        "module.float() before the fit, or DeepSpeed(stage=0)",
+                    )
+                )

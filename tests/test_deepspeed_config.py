@@ -1,11 +1,18 @@
 """Where DeepSpeed's settings come from, and which are refused; needs no DeepSpeed."""
 
 import json
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
+import torch
+from fresh import fresh
+from small import Small, loader
 from xtrain_backends._deepspeed_config import check_precision, engine_config, options_from_environment, read_config
 
-from xtrain import ConfigurationError, Trainer
+from xtrain import BackendUnavailableError, ConfigurationError, Trainer
+from xtrain.cli import main
 from xtrain.precision import PRECISIONS
 
 NOTHING = {"stage": None, "offload_optimizer": None, "offload_param": None}
@@ -68,6 +75,27 @@ def test_what_xtrain_owns_is_refused(key, value, says):
     assert key not in read({key: "auto"})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("flops_profiler", {"enabled": True, "profile_step": 2}, "called directly"),
+        ("tensor_parallel", {"autotp_size": 2}, "called directly"),
+        ("data_efficiency", {"enabled": True}, "your own loaders"),
+        ("checkpoint", {"tag_validation": "Fail"}, "no checkpoints"),
+        ("zenflow", {"topk_ratio": 0.1}, "its own choice"),
+        ("elasticity", {"enabled": True, "min_gpus": 2}, "has removed it"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(key, value, says):
+    refused([f"{key} to be left out", says, f"remove '{key}' from config="], {key: value})
+    read({key: "auto"})
+    read({key: {"enabled": False}})
+
+
+def test_zenflow_is_refused_where_it_belongs():
+    refused(["zenflow to be left out", "its own choice"], {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}})
+
+
 def test_what_repeats_xtrain_is_accepted():
     read({"gradient_accumulation_steps": 1, "gradient_clipping": 0.0, "fp16": {"enabled": False, "loss_scale": 0}})
     read({"train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": True})
@@ -94,6 +122,7 @@ def test_bad_values_say_what_is_right(tmp_path):
     refused(["broken.json", "line 1"], broken)
     broken.write_text("[1]")
     refused(["JSON object", "list"], broken)
+    refused(["JSON", "3"], 3)
 
 
 def test_unknown_option_of_the_backend_is_refused():
@@ -110,14 +139,43 @@ def test_precision_has_one_source():
 
 
 def test_an_engine_gets_a_bucket_of_its_own_size_and_its_precision():
-    import torch
-
-    config = read({"zero_optimization": {"reduce_bucket_size": 50}, "flops_profiler": {"enabled": True}})
+    config = read({"zero_optimization": {"reduce_bucket_size": 50}, "wall_clock_breakdown": True})
     one = engine_config(config, [torch.zeros(5, 4)], PRECISIONS["bf16-true"])
     assert one["zero_optimization"]["reduce_bucket_size"] == 20
     assert one["bf16"] == {"enabled": True}
-    assert one["flops_profiler"] == {"enabled": True}
+    assert one["wall_clock_breakdown"] is True
     assert (
         engine_config(config, [torch.zeros(99)], PRECISIONS["32-true"])["zero_optimization"]["reduce_bucket_size"] == 50
     )
     assert config["zero_optimization"]["reduce_bucket_size"] == 50
+
+
+# ---------------------------------------------------------------- without the package
+
+
+def fit_without_deepspeed():
+    sys.modules["deepspeed"] = None  # as if it were not installed
+    module = Small()
+    try:
+        Trainer(backend="deepspeed", max_epochs=1).fit(module, loader())
+    except BackendUnavailableError as error:
+        return str(error), module.seen
+    return "trained", module.seen
+
+
+def table_without_deepspeed():
+    sys.modules["deepspeed"] = None
+    with redirect_stdout(StringIO()) as printed:
+        assert main(["backends"]) == 0
+    return printed.getvalue()
+
+
+def test_missing_package_is_told_before_anything_else_happens():
+    text, seen = fresh(fit_without_deepspeed)
+    assert "'deepspeed' cannot run here: deepspeed is not installed; pip install 'xtrain[deepspeed]'" in text
+    assert seen == []
+
+
+def test_missing_package_is_told_in_the_table():
+    row = "| `deepspeed` | deepspeed is not installed; pip install 'xtrain[deepspeed]' |"
+    assert row in fresh(table_without_deepspeed).splitlines()

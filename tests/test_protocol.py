@@ -169,15 +169,26 @@ def test_bypass_that_loses_nothing_trains_right_and_warns_once_at_most():
         assert_equal(module.net, reference)
 
 
-def test_step_before_the_other_backward_keeps_torchs_error():
-    """A parameter changed in place between a forward and its backward: the order is the user's to fix."""
+def change_between(module, opt, batch, step):
+    hidden = nn.functional.linear(module.net(batch), module.net.weight.t()).pow(2)
+    first, second = hidden.mean(), hidden.sum()
+    module.manual_backward(first, retain_graph=True)
+    step()
+    module.manual_backward(second)
 
+
+def test_step_before_the_other_backward():
     def body(module, opt, batch):
-        hidden = nn.functional.linear(module.net(batch), module.net.weight.t()).pow(2)
-        first, second = hidden.mean(), hidden.sum()
-        module.manual_backward(first, retain_graph=True)
-        opt.step()
-        module.manual_backward(second)
+        change_between(module, opt, batch, opt.step)
 
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    parts = ("every backward before a step", "modified by an inplace operation", "opt_a.step(); opt_b.step()")
+    refused(ProtocolError, body, *parts)
+
+
+def test_other_changes_in_place_keep_torchs_error():
+    def body(module, opt, batch):
+        change_between(module, opt, batch, torch.no_grad()(lambda: module.net.weight.mul_(1.0)))
+
+    with pytest.raises(RuntimeError, match=r"^one of") as caught:
         trained(module=Doing(body))
+    assert not isinstance(caught.value, ProtocolError)

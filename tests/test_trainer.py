@@ -95,7 +95,8 @@ def test_refit_continues():
     module = Small()
     run = trainer(max_epochs=2)
     run.fit(module, loader())
-    run.fit(module, loader())  # reached
+    with pytest.warns(UserWarning, match=r"Received: max_epochs=2, reached\.\nFix: .*trainer\.max_epochs \+= 1"):
+        run.fit(module, loader())
     assert (run.global_step, run.current_epoch, len(module.seen)) == (8, 2, 8)
     run.max_epochs = 3
     run.fit(module, loader())
@@ -108,7 +109,8 @@ def test_refit_after_a_lower_limit_trains_nothing(limit):
     run = trainer(max_epochs=3)
     run.fit(module, loader())
     setattr(run, limit, 1)
-    run.fit(module, loader())
+    with pytest.warns(UserWarning, match=f"Received: .*{limit}=1, reached"):
+        run.fit(module, loader())
     assert len(module.seen) == 12
 
 

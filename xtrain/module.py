@@ -187,7 +187,8 @@ class LightningModule(ModuleHooks, nn.Module):
             **kwargs: ``retain_graph``, ``gradient``, ``create_graph``, ``inputs``.
 
         Raises:
-            ProtocolError: in automatic optimization, or if the backward adds to clipped gradients.
+            ProtocolError: in automatic optimization, if the backward adds to clipped gradients, or if a
+                parameter was stepped between a forward and this backward of it.
             ConfigurationError: if `loss` is no scalar tensor or has no graph.
             NonFiniteLossError: if it is NaN or infinite and ``Trainer(nonfinite_loss="stop")``.
         """
@@ -203,6 +204,10 @@ class LightningModule(ModuleHooks, nn.Module):
         finalized = life.before_backward(loss, bool(args) or "gradient" in kwargs)
         try:
             life.backend.backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error) and life.stepped:
+                raise ProtocolError(explain(_STEPPED_BETWEEN[0], f"{error}", _STEPPED_BETWEEN[1])) from error
+            raise
         finally:
             life.in_backward = False
         life.after_backward(finalized)
@@ -296,6 +301,12 @@ class LightningModule(ModuleHooks, nn.Module):
         values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
         self._log_hparams = logger
         self._hparams.update(values)
+
+
+_STEPPED_BETWEEN = (
+    "every backward before a step changes the parameters that its forward used",
+    "self.manual_backward(loss_a); self.manual_backward(loss_b); opt_a.step(); opt_b.step()",
+)
 
 
 def _undefined(module: LightningModule, name: str) -> ConfigurationError:

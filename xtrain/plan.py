@@ -90,6 +90,7 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
     max_epochs: int | None = trainer.max_epochs
     if max_epochs is None and trainer.max_steps < 0 and steps is None:
         max_epochs = 1000
+    _warn_if_done(trainer, max_epochs)
     val_loaders = _validation_loaders(trainer, val)
     sanity = limited(None, trainer.num_sanity_val_steps, "num_sanity_val_steps")
     if isinstance(trainer.limit_val_batches, int) and sanity is not None:
@@ -106,6 +107,15 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
         val_every=_validation_interval(trainer, batches) if val_loaders else None,
         sanity_batches=trainer.limit_val_batches if trainer.num_sanity_val_steps == -1 else sanity,
     )
+
+
+def _warn_if_done(trainer: Trainer, max_epochs: int | None) -> None:
+    """Say that an earlier fit has used up the limits, instead of training nothing without a word."""
+    done = [f"max_epochs={max_epochs}"] if max_epochs and 0 < max_epochs <= trainer.current_epoch else []
+    done += [f"max_steps={trainer.max_steps}"] if 0 < trainer.max_steps <= trainer.global_step else []
+    if done:
+        fix = "a new Trainer, or larger limits: trainer.max_epochs += 1"
+        warnings.warn(explain("epochs and steps left to train", f"{' and '.join(done)}, reached", fix), stacklevel=2)
 
 
 def _validation_loaders(trainer: Trainer, val: Any) -> list[Any]:

@@ -28,6 +28,7 @@ class TestDeepSpeed(BackendConformance):
     sequence_examples = 30
     provocations = {
         "deepspeed-adagrad": Provocation(lambda: Closure(torch.optim.Adagrad)),
+        "deepspeed-flat": Provocation(lambda: Closure(torch.optim.Adafactor)),
         "deepspeed-frozen": Provocation(lambda: Closure(frozen)),
         "deepspeed-state": Provocation(lambda: Closure(with_state)),
     }

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -193,7 +194,7 @@ class Misowned(Recorder):
     """Changes what its optimizer holds while it trains.
 
     Args:
-        change: ``"foreign"`` (a tensor that is not the module's), ``"unfreeze"`` or ``"group"``.
+        change: ``"foreign"`` (a tensor that is not the module's), ``"unfreeze"``, ``"group"`` or ``"replace"``.
     """
 
     def __init__(self, change):
@@ -212,8 +213,57 @@ class Misowned(Recorder):
             self.D.first.bias.requires_grad_(True)
         elif self.change == "group":
             opt.add_param_group({"params": list(self.G.parameters())})
+        elif self.change == "replace":
+            opt.optimizer = sgd(self.D.parameters())
         self.manual_backward(regression(self.D, *batch))
         opt.step()
+
+
+class Lookup(Recorder):
+    """Looks rows up in a table with sparse gradients; its optimizer has a group without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = table()
+
+    def configure_optimizers(self):
+        opt = torch.optim.SGD(self.table.parameters(), lr=0.1)
+        opt.add_param_group({"params": []})
+        return opt
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(lookup_loss(self.table, batch))
+        opt.step()
+
+
+def table():
+    return nn.Embedding.from_pretrained(torch.arange(12.0).view(6, 2), freeze=False, sparse=True)
+
+
+def lookup_loss(rows, batch):
+    return rows((batch[1][:, 0] > 0).long()).square().mean()
+
+
+def lookup(options, world_size, rank):
+    module = Lookup()
+    fit(module, options, world_size, rank)
+    return module.table.weight.detach()
+
+
+def lookup_by_hand(count=4):
+    rows = table()
+    opt = torch.optim.SGD(rows.parameters(), lr=0.1)
+    for batch in batches(count):
+        opt.zero_grad()
+        lookup_loss(rows, batch).backward()
+        opt.step()
+    return rows.weight.detach()
+
+
+def misfit(options, world_size, rank):
+    fit(Gan(), options, world_size, rank)
 
 
 class Sometimes(OneOptimizer):
@@ -248,3 +298,27 @@ def sometimes_by_hand(count=4):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         opt.step()
     return [p.detach() for p in d.parameters()]
+
+
+class Plain(OneOptimizer):
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(batch))
+        opt.step()
+
+
+def without_compiler(options):
+    """Train where nothing can be compiled; tell how far from plain PyTorch it ended, and what was built."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    module = Plain()
+    fit(module, options, 1, 0)
+    d = networks()[1]
+    opt = sgd(d.parameters())
+    for batch in batches(4):
+        opt.zero_grad()
+        regression(d, *batch).backward()
+        opt.step()
+    pairs = zip(module.D.parameters(), d.parameters(), strict=True)
+    built = [str(path) for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()]
+    return max(float((a - b).abs().max()) for a, b in pairs), built

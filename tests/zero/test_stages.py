@@ -7,12 +7,13 @@ import jobs
 import pytest
 import rank_jobs
 import torch
+from fresh import fresh
 from hypothesis import given, settings
 
-from xtrain import ConfigurationError, ProtocolError, Trainer
+from xtrain import ConfigurationError, ProtocolError, Trainer, UnsupportedCombinationError
 from xtrain.testing import BackendConformance
 from xtrain.testing.experiments import EXPERIMENTS, expect, outcome_of, perform
-from xtrain.testing.modules import Gan
+from xtrain.testing.modules import Closure, Gan
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
 from xtrain.testing.probes import communicate, heard_by, unordered_schedulers
@@ -24,7 +25,15 @@ ALLOWED = [e for e in EXPERIMENTS if e.name not in ("lbfgs", "shared-layer")]
 STAGES = (0, 1, 2, 3)
 # In low precision each rank rounds the gradient of its own half of the batch; the oracle rounds the whole.
 TOLERANCES = {"32-true": 1e-6, "bf16-mixed": 1e-2, "16-mixed": 1.5e-3, "bf16-true": 4e-2}
-CHOSEN = ("gan-clip-norm", "accumulate-apart", "keep-gradients", "toggle-context", "unowned", "validation-between")
+CHOSEN = (
+    "gan-clip-norm",
+    "accumulate-apart",
+    "keep-gradients",
+    "toggle-context",
+    "temperature",
+    "unowned",
+    "validation-between",
+)
 
 by_stage = pytest.mark.parametrize("stage", STAGES)
 
@@ -137,6 +146,12 @@ def test_collectives_for_users(pair):
 
 
 @by_stage
+def test_empty_groups_and_sparse_gradients(pair, stage):
+    for weights in pair.run(partial(jobs.lookup, {"stage": stage})):
+        torch.testing.assert_close(weights, jobs.lookup_by_hand(), atol=1e-6, rtol=0)
+
+
+@by_stage
 def test_ranks_start_from_the_parameters_of_rank_0(pair, stage):
     outcomes = pair.run(partial(jobs.apart, {"stage": stage}))
     Pair().compare(outcomes, expect(replace(BY_NAME["gan"], epochs=1), "32-true"), "32-true")
@@ -199,11 +214,44 @@ def test_processes_must_fit_the_devices(pair):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [("foreign", "nn.Parameter"), ("unfreeze", "1 parameter"), ("group", "1 group")]
+    ("change", "says"),
+    [
+        ("foreign", "nn.Parameter"),
+        ("unfreeze", "1 parameter"),
+        ("group", "1 group"),
+        ("replace", "another SGD in its place"),
+    ],
 )
 def test_parameters_deepspeed_cannot_know_are_refused(change, says):
     with pytest.raises(ConfigurationError, match=says):
         jobs.fit(jobs.Misowned(change), {"stage": 2}, 1, 0)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon, torch.optim.SparseAdam])
+def test_optimizers_that_slices_would_mislead_are_refused(make):
+    module = Closure(lambda parameters: make([p for p in parameters if p.dim() == 2]))
+    with pytest.raises(UnsupportedCombinationError, match=f"deepspeed-flat.*Received: .*{make.__name__}"):
+        jobs.fit(module, {"stage": 1}, 1, 0)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, torch.float64), (3, torch.complex64)])
+def test_parameters_of_another_dtype_are_refused(stage, dtype):
+    class Odd(Gan):
+        def __init__(self):
+            super().__init__()
+            self.odd = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    with pytest.raises(ConfigurationError, match=f"parameters of torch.float32.*odd of {dtype}"):
+        jobs.fit(Odd(), {"stage": stage}, 1, 0)
+
+
+def test_what_deepspeed_itself_refuses_is_told_with_the_settings(pair):
+    zero = {"stage": 3, "zero_hpz_partition_size": 3}  # for two processes
+    with pytest.raises(ConfigurationError, match=r"settings that DeepSpeed can make.*zero_hpz_partition_size': 3"):
+        pair.run(partial(jobs.misfit, {"config": {"zero_optimization": zero}}))
 
 
 def test_unknown_key_of_zero_is_named():
@@ -218,6 +266,14 @@ def test_direct_calls_say_what_they_miss():
 
     with pytest.raises(ProtocolError, match=r"partitioned step of DeepSpeed[\s\S]*self.manual_backward"):
         jobs.fit(Direct(), {}, 1, 0)
+
+
+@pytest.mark.parametrize("options", [{"stage": 2}, {"stage": 3, "offload_optimizer": "cpu"}], ids=str)
+def test_nothing_needs_a_compiler(options, tmp_path):
+    hidden = {"PATH": "/nonexistent", "CXX": None, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    error, built = fresh(jobs.without_compiler, options, **hidden)
+    assert error < 1e-6
+    assert built == []
 
 
 def test_what_is_missing_is_told(monkeypatch):

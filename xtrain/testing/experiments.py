@@ -139,6 +139,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment("no-grad-first", mm.NoGradFirst, om.no_grad_first),
     Experiment("tied", mm.Tied, om.tied),
     Experiment("shared-layer", mm.SharedLayer, om.shared_layer, refused=refuses_sharing),
+    Experiment("temperature", mm.Temperature, om.temperature),
     Experiment("unowned", mm.Unowned, om.unowned),
     Experiment("parameter-groups", mm.ParameterGroups, om.parameter_groups),
     Experiment("automatic", mm.Automatic, om.automatic, epochs=3),

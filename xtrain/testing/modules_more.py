@@ -159,6 +159,29 @@ class SharedLayer(Recorder):
             opt.step()
 
 
+class Temperature(Recorder):
+    """A learned scalar without dimensions, under an optimizer of its own, as in soft actor-critic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+
+    def configure_optimizers(self) -> Any:
+        return sgd(self.D.parameters()), sgd([self.temperature])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        pair = self.optimizers()
+        x, z = batch
+        loss = nn.functional.mse_loss(self.D(x).squeeze(1) * self.temperature, z.sum(1))
+        for opt in pair:
+            opt.zero_grad()
+        self.manual_backward(loss)
+        for opt in pair:
+            self.note(norm=self.clip(opt))
+            opt.step()
+        self.note(temperature=self.temperature.detach().clone())
+
+
 class Unowned(Recorder):
     """G's first bias is frozen though an optimizer holds it; D's last layer trains in no optimizer."""
 

@@ -150,6 +150,24 @@ def shared_layer(run: Plain) -> None:
             opt.step()
 
 
+def temperature(run: Plain) -> None:
+    """A learned scalar without dimensions, under an optimizer of its own."""
+    run.temperature = scalar = nn.Parameter(torch.tensor(0.5, device=run.device, dtype=run.dtype))
+    groups = list(run.D.parameters()), [scalar]
+    pair = sgd(groups[0]), sgd(groups[1])
+    run.owns(*pair)
+    for _, _, (x, z) in run.steps():
+        with run.forward_context():
+            loss = nn.functional.mse_loss(run.D(x).squeeze(1) * scalar, z.sum(1))
+        for opt in pair:
+            opt.zero_grad()
+        run.backward(loss)
+        for opt, group in zip(pair, groups, strict=True):
+            run.note(norm=by_norm(group))
+            opt.step()
+        run.note(temperature=scalar.detach().clone())
+
+
 def unowned(run: Plain) -> None:
     """G's first bias is frozen though an optimizer holds it; D's last layer trains in no optimizer."""
     run.G.first.bias.requires_grad_(False)

@@ -1,7 +1,7 @@
 """What do xtrain's DeepSpeed engines cost, and what does ZeRO save?
 
-    torchrun --nproc_per_node=2 ci/bench/deepspeed.py time      # next to hand-written engines, by stage
-    torchrun --nproc_per_node=2 ci/bench/deepspeed.py memory    # per rank, by stage, 50 million parameters
+    torchrun --nproc_per_node=2 ci/bench/zero.py time      # next to hand-written engines, by stage
+    torchrun --nproc_per_node=2 ci/bench/zero.py memory    # per rank, by stage, 50 million parameters
 
 *time*: the same GAN, both optimizers clipped by norm, is trained by xtrain and by two engines written by hand as
 DeepSpeed documents them, the other network toggled off. They take turns, round after round, in the same processes;
@@ -11,23 +11,19 @@ busy machine is not counted). Their parameters must agree.
 *memory*: what a rank holds, module included, between two steps, and just before an optimizer steps.
 """
 
-# ruff: noqa: E402  # the path must be right before anything is imported that could import deepspeed
+# ruff: noqa: E402  # DeepSpeed reads the environment when it is imported
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# The folder of this file comes first on the path; `import deepspeed` must not find the file itself.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
 import contextlib
 import gc
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
