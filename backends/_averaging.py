@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from xtrain.errors import ProtocolError, explain
 
-_NONE, _DENSE, _SPARSE = 0, 1, 2
+NONE, DENSE, SPARSE = 0, 1, 2
 _LARGE = 2**18  # bytes: from here on, a copy into a buffer costs more than a reduction of its own
 
 
@@ -30,13 +30,17 @@ def average_gradients(parameters: Sequence[Tensor], position: int, width: int) -
     Raises:
         ProtocolError: if the ranks step different optimizers.
     """
+    average(parameters, agree([state_of(p) for p in parameters], position, width))
+
+
+def average(parameters: Sequence[Tensor], states: Sequence[int]) -> None:
+    """Average the gradients of `parameters`, whose `states` all ranks have agreed on."""
     world = dist.get_world_size()
-    states = _agree([_state(p) for p in parameters], position, width)
     dense: list[Tensor] = []
     for parameter, state in zip(parameters, states, strict=True):
-        if state == _SPARSE:
+        if state == SPARSE:
             _average_sparse(parameter, world)
-        elif state == _DENSE:
+        elif state == DENSE:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dense.append(parameter.grad)
@@ -44,16 +48,26 @@ def average_gradients(parameters: Sequence[Tensor], position: int, width: int) -
         _average_dense(dense, world)
 
 
-def _state(parameter: Tensor) -> int:
+def state_of(parameter: Tensor) -> int:
+    """Return whether `parameter` has no gradient here, a dense or a sparse one."""
     if parameter.grad is None:
-        return _NONE
-    return _SPARSE if parameter.grad.is_sparse else _DENSE
+        return NONE
+    return SPARSE if parameter.grad.is_sparse else DENSE
 
 
-def _agree(states: list[int], position: int, width: int) -> list[int]:
-    """Return the largest state of each gradient over the ranks."""
+def agree(facts: list[int], position: int, width: int) -> list[int]:
+    """Return the largest over the ranks of each of `facts`, bytes about the optimizer at `position`.
+
+    Args:
+        facts: as many on every rank.
+        position: see `average_gradients`.
+        width: the largest number of facts about any optimizer.
+
+    Raises:
+        ProtocolError: if the ranks are at different optimizers.
+    """
     # One length for all optimizers: with different ones, gloo would end the process without a word.
-    header = [position, 255 - position, *states, *[_NONE] * (width - len(states))]
+    header = [position, 255 - position, *facts, *[0] * (width - len(facts))]
     agreed = torch.tensor(header, dtype=torch.uint8)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     highest, lowest, *whole = agreed.tolist()
@@ -67,7 +81,7 @@ def _agree(states: list[int], position: int, width: int) -> list[int]:
                 "decide from batch_idx or from self.all_gather(...), which are the same everywhere",
             )
         )
-    return whole[: len(states)]
+    return whole[: len(facts)]
 
 
 def _average_dense(gradients: list[Tensor], world: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -114,6 +115,26 @@ def join_processes(
     if dist.get_world_size() == 1 and not always:
         return Collectives()
     return TorchCollectives(device, launch.current_launch().local_rank)
+
+
+@contextmanager
+def random_stream(collectives: Collectives, device: torch.device) -> Iterator[None]:
+    """Let torch draw other numbers on each rank inside the context, and the same on all of them after it.
+
+    Noise and dropout that are the same on every rank would make their gradients worth less than they could
+    be. Python's and NumPy's generators are left alone: what a step decides with them stays common.
+
+    Args:
+        collectives: of the run; one of a single process is left alone.
+        device: where it draws, besides the CPU.
+    """
+    if collectives.world_size == 1:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))  # from the common stream, so that a second run draws something else
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed + collectives.rank)
+        yield
 
 
 def gather_objects(value: Any, world_size: int) -> list[Any]:

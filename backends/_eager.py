@@ -8,6 +8,7 @@ it likes, as often as it likes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from xtrain.contract import Backend
+from xtrain.errors import ConfigurationError, explain
 from xtrain.optimizer import LightningOptimizer, Phase
 from xtrain.precision import LossScaler, rescale_gradients
 from xtrain.rules import reevaluates_closure
 
 from ._averaging import average_gradients
-from ._distributed import join_processes
+from ._distributed import join_processes, random_stream
+from ._overlap import Overlap, Reductions
 from ._replicas import check_module, check_optimizers
 
 
@@ -31,23 +34,41 @@ class EagerBackend(Backend):
         broadcast_start: take the parameters of rank 0 on every rank, instead of refusing to start with
             different ones.
         timeout: seconds that a process waits for the others before it gives up.
+        overlap: average gradients while backward still runs, where that cannot change the result. Costs a
+            second copy of the gradients. An edit through ``parameter.grad.data`` is not noticed then.
+        bucket_mb: megabytes of gradients that are sent together; an optimizer that fills less than two
+            such buckets is averaged after backward.
+
+    Attributes:
+        reductions: with `overlap`, how many buckets were averaged early, thrown away, or late; else None.
+
+    Raises:
+        ConfigurationError: if `bucket_mb` is not above zero.
     """
 
     scaler: LossScaler | None = None
     _optimizers: Sequence[LightningOptimizer] = ()
+    _early: Overlap | None = None
     _width: int = 0  # parameters of the largest optimizer
+    _replicated: bool = False  # whether there are other processes
     _unscaled: frozenset[int] = frozenset()  # ids of optimizers whose gradients have lost the loss scale
 
-    def __init__(self, broadcast_start: bool = False, timeout: float = 600.0) -> None:
-        self.broadcast_start = broadcast_start
+    def __init__(
+        self, broadcast_start: bool = False, timeout: float = 600.0, overlap: bool = False, bucket_mb: float = 25.0
+    ) -> None:
+        if not bucket_mb > 0:
+            fix = "backend_options={'overlap': True, 'bucket_mb': 25}"
+            raise ConfigurationError(explain("bucket_mb above zero", bucket_mb, fix))
+        self.broadcast_start, self.overlap, self.bucket_mb = broadcast_start, overlap, bucket_mb
         self.timeout = timedelta(seconds=timeout)
+
+    @property
+    def reductions(self) -> Reductions | None:
+        return None if self._early is None else self._early.counts
 
     def _join(self, kind: Literal["gloo", "nccl"]) -> None:
         self.collectives = join_processes(kind, self.device, devices=self.devices, timeout=self.timeout)
-
-    @property
-    def _replicated(self) -> bool:
-        return self.collectives.world_size > 1
+        self._replicated = self.collectives.world_size > 1
 
     def setup_module(self, module: nn.Module) -> None:
         if self._replicated:
@@ -59,24 +80,31 @@ class EagerBackend(Backend):
         self._unscaled = frozenset()
         if self._replicated:
             check_optimizers(module, optimizers, self.collectives)
-            self._width = max((len(list(o.parameters)) for o in optimizers), default=0)
+            parameters = [o.parameters for o in optimizers]
+            self._width = max(map(len, parameters), default=0)
+            self._early = Overlap(parameters, self.bucket_mb * 2**20, self.timeout) if self.overlap else None
         if self.precision.loss_scaling and self.scaler is None:
             self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
 
+    def random_stream(self) -> AbstractContextManager[None]:
+        return random_stream(self.collectives, self.device)
+
     def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
         optimizer.optimizer.zero_grad(set_to_none)
+        if self._early is not None:
+            self._early.zeroed(self._position(optimizer))
         if self.scaler is not None:
             self.scaler.forget(optimizer.optimizer)
             self._unscaled -= {id(optimizer)}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.precision.name == "32-true":  # nothing to suspend: the common case costs nothing
+        if self.precision.name == "32-true" and self._early is None:  # the common case costs nothing
             loss.backward(*args, **kwargs)
             return
         if self.scaler is not None:
             self._restore_scale(self.scaler)
             loss = self.scaler.scale(loss)
-        with self.precision.suspended(self.device.type):
+        with self.precision.suspended(self.device.type), self._early or nullcontext():
             loss.backward(*args, **kwargs)
 
     def _restore_scale(self, scaler: LossScaler) -> None:
@@ -88,11 +116,17 @@ class EagerBackend(Backend):
 
     def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
         if self._replicated:  # an overflow on one rank is one on all of them after this
-            position = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-            average_gradients(list(optimizer.parameters), position, self._width)
+            parameters, position = optimizer.parameters, self._position(optimizer)
+            if self._early is None:
+                average_gradients(parameters, position, self._width)
+            else:
+                self._early.finalize(parameters, position)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer.optimizer)
             self._unscaled |= {id(optimizer)}
+
+    def _position(self, optimizer: LightningOptimizer) -> int:
+        return next(i for i, o in enumerate(self._optimizers) if o is optimizer)
 
     def clip_gradients(
         self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
@@ -100,7 +134,7 @@ class EagerBackend(Backend):
         if algorithm == "norm":
             return nn.utils.clip_grad_norm_(optimizer.parameters, value)
         norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-        nn.utils.clip_grad_value_(list(optimizer.parameters), value)
+        nn.utils.clip_grad_value_(optimizer.parameters, value)
         return norm
 
     def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
@@ -124,6 +158,8 @@ class EagerBackend(Backend):
         return evaluate
 
     def step_boundary(self) -> None:
+        if self._early is not None:
+            self._early.boundary()
         if self.scaler is None:
             return
         ratio = self.scaler.update_once()
@@ -136,6 +172,10 @@ class EagerBackend(Backend):
         lost = ["the average over processes"] if self._replicated else []
         lost += [] if self.scaler is None else ["the loss scale"]
         return " and ".join(lost) or None
+
+    def teardown(self) -> None:
+        if self._early is not None:
+            self._early.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}

@@ -37,8 +37,8 @@ class TrainingBatches:
 
     Args:
         loader: any iterable of batches; its attributes stay available.
-        mode: ``"compile"`` passes it on, ``"drop"`` leaves it out, ``"pad"`` fills it up and marks
-            the real rows: every batch, a dict, gets a float tensor ``"mask"`` of shape ``(rows,)``.
+        mode: ``"compile"`` passes it on, ``"drop"`` leaves it out, ``"pad"`` fills it up and marks the
+            real rows, see `padded`.
         smaller: told about a smaller batch that is passed on or left out, and the full number of rows.
     """
 
@@ -73,18 +73,29 @@ class TrainingBatches:
 def padded(batch: Any, rows: int, full: int) -> Any:
     """Return `batch` with `full` rows, the first one repeated, and its mask.
 
+    Args:
+        batch: a dict gets ``batch["mask"]``, a tuple or list one more item at its end.
+        rows: how many it has.
+        full: how many it shall have.
+
+    Returns:
+        The batch; its mask is a float tensor of shape ``(full,)``, 1 for the real rows.
+
     Raises:
-        ConfigurationError: unless it is a dict without a mask of its own.
+        ConfigurationError: for a batch with no place for a mask.
     """
-    if not isinstance(batch, dict) or "mask" in batch:
-        received = "a key 'mask' of its own" if isinstance(batch, dict) else f"a {type(batch).__name__}"
-        fix = "a collate_fn that returns {'x': x, 'y': y}, or last_batch='drop'"
-        raise ConfigurationError(explain("dict batches for last_batch='pad', which adds batch['mask']", received, fix))
+    with_place = type(batch) in (tuple, list) or (isinstance(batch, dict) and "mask" not in batch)
+    if not with_place:
+        received = "a dict with a key 'mask' of its own" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+        fix = "a collate_fn that returns {'x': x, 'y': y} or (x, y), or last_batch='drop'"
+        expected = "batches with a place for the mask of last_batch='pad': dicts, tuples or lists"
+        raise ConfigurationError(explain(expected, received, fix))
 
     def fill(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or tensor.size(0) != rows:
             return tensor
         return torch.cat([tensor, tensor[:1].expand(full - rows, *tensor.shape[1:])])
 
-    filled = map_tensors(fill, batch) if rows < full else dict(batch)
-    return {**filled, "mask": (torch.arange(full) < rows).float()}
+    filled = map_tensors(fill, batch) if rows < full else batch
+    mask = (torch.arange(full) < rows).float()
+    return {**filled, "mask": mask} if isinstance(filled, dict) else type(filled)([*filled, mask])

@@ -65,10 +65,15 @@ class RecompileGuard:
         """Accept a graph of its own for `signature`: the user chose to compile the last batch."""
         self._expected.add(signature)
 
-    def begin(self) -> None:
-        """Start a step: what hooks between two steps compiled is not its doing."""
+    def begin(self, holding: Iterable[object]) -> None:
+        """Start a step: what hooks between two steps compiled is not its doing.
+
+        Args:
+            holding: optimizers with gradients of earlier steps. Adding to them is another graph than making them.
+        """
         if not self._verbs:
             self._compiles = self._runtime.compiles()
+            self._verbs.extend(("holds", id(optimizer)) for optimizer in holding)
 
     def launching(self, parameters: Iterable[Tensor]) -> list[str] | None:
         """Write the traced graph down, if its lines may be needed."""

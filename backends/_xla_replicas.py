@@ -67,8 +67,7 @@ class Replicas(Collectives):
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
         kind, scale = ("sum", 1.0 / self.world_size) if op == "mean" else (op, 1.0)
-        here = tensor.detach().to(self._runtime.device).clone()
-        (reduced,) = self._runtime.all_reduce(kind, [here], scale)
+        (reduced,) = self._runtime.all_reduce(kind, [self._here(tensor).clone()], scale)
         return self._settled(reduced).to(tensor.device)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -112,11 +111,14 @@ class Replicas(Collectives):
 
         Every rank traces the same graph, in which its number is data: graphs that differ would not meet.
         """
-        (mask,) = self._runtime.to_device([mine])
-        here = tensor.detach().to(self._runtime.device)
+        mask, here = self._here(mine), self._here(tensor)
         number = here.to(torch.int32) if here.dtype is torch.bool else here
         (total,) = self._runtime.all_reduce("sum", [torch.where(mask, number, torch.zeros_like(number))], 1.0)
         return self._settled(total).to(tensor.device, tensor.dtype)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` on the device as data: ``to`` makes a 0 or 1 part of the graph."""
+        return tensor.detach() if tensor.device.type == "xla" else self._runtime.to_device([tensor])[0]
 
     def _settled(self, tensor: Tensor) -> Tensor:
         """In a rehearsal compute `tensor` now, while the threads are together; a TPU can do that later."""

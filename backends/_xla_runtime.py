@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ class Runtime:
 
     Attributes:
         device: the device of this process or thread.
+        cached: whether compiled graphs are kept in the folder `cache`.
         meeting: set where several threads of this process launch graphs together.
         xm: ``torch_xla.core.xla_model``.
         xr: ``torch_xla.runtime``.
@@ -38,6 +40,8 @@ class Runtime:
     Raises:
         BackendUnavailableError: if the process has done something that XLA cannot follow.
     """
+
+    _cache_folder: Path | None = None  # of this process
 
     def __init__(self, spmd: bool = False, cache: Path | None = None) -> None:
         rehearse = os.environ.get("PJRT_DEVICE", "TPU").startswith("CPU")  # torch_xla makes CPU the default
@@ -50,9 +54,8 @@ class Runtime:
         self._private = torch_xla._XLAC
         self._sync = torch_xla.sync
         self.meeting: Meeting | None = None
-        if cache is not None and not self._private._xla_computation_cache_is_initialized():
-            cache.mkdir(parents=True, exist_ok=True)
-            xr.initialize_cache(str(cache))
+        self._never: Tensor | None = None
+        self.cached = cache is not None and self._keep_graphs(cache)
         if spmd and not xr.is_spmd():
             if self._private._xla_get_spmd_config_is_locked():
                 received = "a process that has already used the devices one by one"
@@ -63,6 +66,14 @@ class Runtime:
         if self.rehearsal and not rehearse:
             raise BackendUnavailableError(explain("a TPU", "torch_xla found none", "PJRT_DEVICE=CPU python script.py"))
         self._check_autograd()
+
+    def _keep_graphs(self, folder: Path) -> bool:
+        """Return whether compiled graphs go to `folder`: what was compiled before decides for the whole process."""
+        if Runtime._cache_folder is None and not self._private._xla_computation_cache_is_initialized():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.xr.initialize_cache(str(folder))
+            Runtime._cache_folder = folder
+        return Runtime._cache_folder == folder
 
     def _check_autograd(self) -> None:
         """Notice that a backward on another device came first: autograd then has no thread for XLA."""
@@ -134,6 +145,28 @@ class Runtime:
             spmd.mark_sharding(tensor, sharding.mesh, sharding.partition_spec)
         return moved
 
+    def adam(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], rate: float) -> None:
+        """Step `parameter`, which is fp32, and its `state` in place, by Adam as `group` has it but at `rate`."""
+        if self._never is None:
+            (self._never,) = self.to_device([torch.zeros(())])
+        largest = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # without amsgrad it is neither read nor written
+        self._private._xla_adam_optimizer_step_(
+            self._never,  # what would make it skip
+            state["step"],
+            parameter,
+            parameter.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            largest,
+            *group["betas"],
+            rate,
+            group["weight_decay"],
+            group["eps"],
+            group["amsgrad"],
+            group["maximize"],
+            group["decoupled_weight_decay"],
+        )
+
     # ---------------------------------------------------------------- counters and random numbers
 
     def compiles(self) -> int:
@@ -185,3 +218,17 @@ class Runtime:
     def rng_state(self) -> int:
         """Return the state of the device's random generator."""
         return int(self.xm.get_rng_state(str(self.device)))
+
+
+def rank_here() -> int | None:
+    """Return which replica this thread is, or which host of a mesh this process; None where there is one only.
+
+    Nothing is started: before the launcher has started the runtime there are no ranks.
+    """
+    torch_xla = sys.modules.get("torch_xla")
+    if torch_xla is None or not torch_xla._XLAC._xla_runtime_is_initialized():
+        return None
+    xr = sys.modules["torch_xla.runtime"]
+    if torch_xla._XLAC._xla_get_replication_devices_count():
+        return int(xr.global_ordinal())
+    return int(xr.process_index()) if xr.process_count() > 1 else None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import ASGD, SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, Rprop
 
+from ._xla_adam import OneOpAdam
 from ._xla_runtime import Runtime
 
 _TENSOR_LR = (Adam, AdamW, Adamax, NAdam, RAdam, ASGD)  # their capturable arithmetic takes a tensor as lr
@@ -39,7 +40,8 @@ class Step:
         self._optimizer, self._runtime, self._taken = optimizer, runtime, taken
         self._capturable = type(optimizer) in _CAPTURABLE
         self._tensor_lr = type(optimizer) in (*_TENSOR_LR, SGD)
-        self._sent: dict[int, tuple[float, Any]] = {}
+        self._sent: dict[tuple[int, Callable[[int, float], Any]], tuple[float, Any]] = {}
+        self._one_op = OneOpAdam(optimizer, runtime, self._number)
 
     @property
     def counts_on_device(self) -> bool:
@@ -51,6 +53,9 @@ class Step:
         loss = None
         if closure is not None and self._tensor_lr:  # the closure may look at the settings: call it before
             loss, closure = closure(), None
+        if self._one_op.covers_all():
+            self._one_op()
+            return loss
         groups = self._optimizer.param_groups
         before = [{name: group[name] for name in _SETTINGS if name in group} for group in groups]
         try:
@@ -72,25 +77,28 @@ class Step:
         if isinstance(lr, torch.Tensor) and lr.device.type == "cpu":
             lr = lr.item()
         if isinstance(lr, float | int):
-            group["lr"] = self._as_constant(index, float(lr))
+            group["lr"] = self._constant(index, float(lr), self._on_device if self._tensor_lr else self._apart)
 
-    def _as_constant(self, index: int, lr: float) -> Any:
-        known = self._sent.get(index)
+    def _number(self, index: int, lr: float) -> float:
+        return float(self._constant(index, lr, self._apart))
+
+    def _constant(self, index: int, lr: float, make: Callable[[int, float], Any]) -> Any:
+        known = self._sent.get((index, make))
         if known is None or known[0] != lr:
-            value = self._on_device(lr) if self._tensor_lr else self._apart(index, lr)
-            self._sent[index] = known = (lr, value)
+            self._sent[index, make] = known = (lr, make(index, lr or _TINY))
         return known[1]
 
-    def _on_device(self, lr: float) -> torch.Tensor:
-        (tensor,) = self._runtime.to_device([torch.tensor([lr or _TINY], dtype=torch.float32)])
+    def _on_device(self, index: int, lr: float) -> torch.Tensor:
+        (tensor,) = self._runtime.to_device([torch.tensor([lr], dtype=torch.float32)])
         # A learning rate that requires a gradient makes SGD multiply by it; it would read any other one.
         return tensor.requires_grad_() if isinstance(self._optimizer, SGD) else tensor
 
     def _apart(self, index: int, lr: float) -> float:
-        """Return `lr`, moved by an ulp or two off 0, 1 and the numbers of the other optimizers."""
+        """Return `lr`, moved by an ulp or two of fp32 off 1, what a script writes, and other optimizers' numbers."""
         mine = (id(self), index)
         others = {1.0, *(value for key, value in self._taken.items() if key != mine)}
-        value = torch.tensor(lr or _TINY, dtype=torch.float32)
+        value = torch.tensor(lr, dtype=torch.float32)
+        value = torch.nextafter(value, torch.zeros(()))
         while value.item() in others:
             value = torch.nextafter(value, torch.zeros(()))
         self._taken[mine] = value.item()

@@ -1,4 +1,4 @@
-"""Notices when Python asks for a value of a device tensor in the middle of a step, and where.
+"""Notices when Python asks for a value of a device tensor in the middle of a step, or moves one to a GPU, and where.
 
 Every such question launches what was traced so far and waits for it: the step becomes several graphs.
 The methods of `torch.Tensor` that ask are wrapped while a run goes on, and look at a flag of their
@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from xtrain.errors import ConfigurationError, explain
+
+_MOVING = ("to", "cuda")
 _ASKING = ("item", "tolist", "numpy", "cpu", "to", "nonzero", "__bool__", "__float__", "__int__", "__index__")
 _SHOWING = ("__repr__", "__format__")
 _NOT_THE_USER = tuple(
@@ -64,17 +67,19 @@ def user_line() -> str:
 
 
 def install() -> None:
-    """Wrap the methods; every call needs its own `uninstall`."""
+    """Wrap the methods; every call needs its own `uninstall`, in the same thread."""
+    _thread.runs = _runs() + 1
     with _lock:
         _installed[0] += 1
         if _installed[0] == 1:
-            for name in (*_ASKING, *_SHOWING):
+            for name in dict.fromkeys((*_MOVING, *_ASKING, *_SHOWING)):
                 _installed[1][name] = torch.Tensor.__dict__.get(name)
                 setattr(torch.Tensor, name, _wrapped(name, getattr(torch.Tensor, name)))
 
 
 def uninstall() -> None:
     """Restore torch when the last run has ended."""
+    _thread.runs -= 1
     with _lock:
         _installed[0] -= 1
         if _installed[0] == 0:
@@ -84,10 +89,18 @@ def uninstall() -> None:
                     setattr(torch.Tensor, name, own)
 
 
+def _runs() -> int:
+    return int(getattr(_thread, "runs", 0))
+
+
 def _wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        target = _target(arguments, options) if name == "to" else "cuda" if name == "cuda" else "cpu"
+        if target == "cuda" and _runs():
+            fix = f"remove .{name}(...) at {user_line()}; self.device is the right one"
+            raise ConfigurationError(explain("tensors on the device of the run", f"a move to {target}", fix))
         watcher = getattr(_thread, "watcher", None)
-        if watcher is None or self.device.type != "xla" or (name == "to" and not _to_cpu(arguments, options)):
+        if watcher is None or self.device.type != "xla" or target != "cpu":
             return method(self, *arguments, **options)
         _thread.watcher = None  # what the method itself calls is the same question
         try:
@@ -99,8 +112,9 @@ def _wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _to_cpu(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+def _target(arguments: tuple[Any, ...], options: dict[str, Any]) -> str | None:
+    """Return the type of the device that ``Tensor.to`` is asked for, None if it stays where it is."""
     target = options.get("device", arguments[0] if arguments else None)
     if isinstance(target, torch.Tensor):
         target = target.device
-    return isinstance(target, str | torch.device) and torch.device(target).type == "cpu"
+    return torch.device(target).type if isinstance(target, str | torch.device) else None

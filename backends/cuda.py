@@ -32,6 +32,8 @@ class CUDA(EagerBackend):
         pin_memory: copy batches through page-locked memory, so that the copy overlaps with compute.
         broadcast_start: see `EagerBackend`.
         timeout: likewise.
+        overlap: likewise.
+        bucket_mb: likewise.
     """
 
     name = "cuda"
@@ -49,8 +51,15 @@ class CUDA(EagerBackend):
         ),
     )
 
-    def __init__(self, pin_memory: bool = True, broadcast_start: bool = False, timeout: float = 600.0) -> None:
-        super().__init__(broadcast_start, timeout)
+    def __init__(
+        self,
+        pin_memory: bool = True,
+        broadcast_start: bool = False,
+        timeout: float = 600.0,
+        overlap: bool = False,
+        bucket_mb: float = 25.0,
+    ) -> None:
+        super().__init__(broadcast_start, timeout, overlap, bucket_mb)
         self.pin_memory = pin_memory
 
     @classmethod

@@ -22,7 +22,8 @@ from ._deepspeed_config import check_precision, engine_config, read_config
 from ._deepspeed_engine import OptimizerEngine
 from ._deepspeed_rules import RULES
 from ._deepspeed_sharding import ShardedModule, Undo
-from ._distributed import join_processes
+from ._distributed import join_processes, random_stream
+from ._replicas import check_module, check_optimizers
 
 
 @final
@@ -102,15 +103,15 @@ class DeepSpeed(Backend):
     def setup_module(self, module: nn.Module) -> None:
         module.to(self.device, self.precision.parameter_dtype)
         if self.collectives.world_size > 1:
-            with torch.no_grad():
-                for tensor in (*module.parameters(), *module.buffers()):
-                    tensor.copy_(self.collectives.broadcast(tensor))
+            check_module(module, self.collectives, broadcast_start=True)
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
         if self.precision.loss_scaling and self.scaler is None:
             self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
         names = {parameter: name for name, parameter in module.named_parameters()}
         owned = [_named(optimizer, names) for optimizer in optimizers]
+        if self.collectives.world_size > 1:
+            check_optimizers(module, optimizers, self.collectives)
         if not optimizers:
             return
         if self.stage:
@@ -131,6 +132,9 @@ class DeepSpeed(Backend):
         }
         if self._sharded is not None:
             self._sharded.hold()
+
+    def random_stream(self) -> AbstractContextManager[None]:
+        return random_stream(self.collectives, self.device)
 
     def teardown(self) -> None:
         if self._sharded is not None:
@@ -200,9 +204,9 @@ class DeepSpeed(Backend):
         for engine in self._engines.values():
             engine.adopt_writes()
 
-    def parameters_of(self, optimizer: LightningOptimizer) -> Iterator[Tensor]:
+    def parameters_of(self, optimizer: LightningOptimizer) -> list[Tensor]:
         engine = self._engines.get(id(optimizer))
-        return super().parameters_of(optimizer) if engine is None else iter(engine.every_parameter)
+        return super().parameters_of(optimizer) if engine is None else list(engine.every_parameter)
 
     def has_gradients(self, optimizer: LightningOptimizer) -> bool:
         return self._engines[id(optimizer)].has_gradients

@@ -20,7 +20,7 @@ from torch.optim import LBFGS
 
 from xtrain.contract import Backend, Capabilities, Collectives, map_tensors
 from xtrain.errors import ConfigurationError, explain
-from xtrain.optimizer import LightningOptimizer
+from xtrain.optimizer import LightningOptimizer, Phase
 
 from . import _xla_watch as watch
 from ._xla_batches import LAST_BATCH, TrainingBatches, row_count, signature, tensors_in
@@ -29,7 +29,7 @@ from ._xla_lbfgs import HostLBFGS
 from ._xla_mesh import Mesh, check_axes
 from ._xla_move import move_module, move_optimizer
 from ._xla_replicas import Meeting, Replicas
-from ._xla_runtime import Runtime
+from ._xla_runtime import Runtime, rank_here
 from ._xla_steps import Step, Taken
 
 logger = logging.getLogger("xtrain")
@@ -49,7 +49,8 @@ class XLA(Backend):
         mesh: sizes of the axes ``"data"`` and ``"fsdp"``. Batches are split by rows over both, parameters
             and optimizer state over ``"fsdp"``.
         last_batch: what becomes of a smaller last training batch. ``"compile"`` makes one more graph for
-            it, ``"drop"`` leaves it out, ``"pad"`` repeats its first row and adds ``batch["mask"]``.
+            it, ``"drop"`` leaves it out, ``"pad"`` repeats its first row and adds a mask to every batch:
+            ``batch["mask"]`` to a dict, one more item to a tuple or list.
         strict: raise `RecompileError` when a graph is compiled again after the warm-up, with the line
             that did it. Steps take about half as long again.
         compile_cache: a folder for compiled graphs, True for one below ``~/.cache``, False for none.
@@ -85,6 +86,7 @@ class XLA(Backend):
         self.axes = check_axes(mesh)
         self.last_batch, self.strict, self.compile_cache = last_batch, strict, compile_cache
         self._steps: dict[int, Step | HostLBFGS] = {}
+        self._optimizers: Sequence[LightningOptimizer] = ()
         self._hooks: list[Any] = []
         self._told: set[str] = set()
 
@@ -102,9 +104,16 @@ class XLA(Backend):
             return f"there is no TPU; {_REHEARSE}"
         return None
 
+    @classmethod
+    def place(cls) -> int | None:
+        return rank_here()
+
     def launch(self) -> None:
         axes = self._wanted_mesh()
-        self._runtime = runtime = Runtime(spmd=axes is not None, cache=self._cache_folder())
+        folder = self._cache_folder()
+        self._runtime = runtime = Runtime(spmd=axes is not None, cache=folder)
+        if folder is not None and not runtime.cached:
+            self._tell(f"No graph is kept in {folder}: others were compiled before, or are kept in another folder.")
         self.device = runtime.device
         self._mesh = None if axes is None else Mesh(axes, runtime)
         self.collectives = self._join_replicas() if runtime.replicas() > 1 else Collectives()
@@ -154,6 +163,7 @@ class XLA(Backend):
             self.collectives.share_module(module)
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+        self._optimizers = optimizers
         taken: Taken = {}
         layout = None if self._mesh is None else self._mesh.of_state
         for optimizer in optimizers:
@@ -176,7 +186,7 @@ class XLA(Backend):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        self._guard.begin()
+        self._guard.begin(o for o in self._optimizers if o.phase in (Phase.ACCUMULATED, Phase.FINALIZED))
         with self._syncs.watching(), super().forward_context():
             yield
 
@@ -192,7 +202,7 @@ class XLA(Backend):
 
     def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
         if isinstance(self.collectives, Replicas):
-            self.collectives.average_gradients(list(optimizer.parameters))
+            self.collectives.average_gradients(optimizer.parameters)
 
     def clip_gradients(
         self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
@@ -250,6 +260,10 @@ class XLA(Backend):
     def read_scalars(self, values: Sequence[Tensor]) -> list[float]:
         return [float(value) for value in self._runtime.to_cpu(values)]
 
+    def to_cpu(self, data: Any) -> Any:
+        moved = iter(self._runtime.to_cpu(tensors_in(data)))
+        return map_tensors(lambda _: next(moved).clone(), data)
+
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._runtime.rng_state()}
 
@@ -264,9 +278,10 @@ class XLA(Backend):
             hook.remove()
         self._hooks.clear()
         self._steps.clear()
+        self._optimizers = ()
         if self._runtime.meeting is not None and sys.exc_info()[0] is not None:
             self._runtime.meeting.leave()
-        if self._cache_folder() is not None:
+        if self._runtime.cached:
             logger.info("compile cache: %s", self._runtime.cache_counts())
 
     def _tell(self, text: str) -> None:

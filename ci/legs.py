@@ -1,6 +1,6 @@
 """What is checked, and where: the one table behind `ci/run.py`, `.ci/run` and the hosted matrix.
 
-A new backend is one more `Leg` with its ``tests/backends/test_<name>.py``.
+A new backend is one more `Conformance` with its ``tests/backends/test_<name>.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Leg:
     Attributes:
         environment: a key of `ENVIRONMENTS`.
         tests: test files or patterns, relative to the root, given to one pytest run.
+        arguments: options of that pytest run.
         commands: checks that are no tests, each with its arguments.
         variables: environment variables on top of `VARIABLES`.
         minutes: the leg is stopped, and has failed, after this time.
@@ -36,6 +37,7 @@ class Leg:
 
     environment: str
     tests: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     minutes: float = 20
@@ -49,32 +51,68 @@ ENVIRONMENTS = {
     "full": Environment(("test",), ("torch==2.9.1", "torch_xla==2.9.0", "deepspeed==0.19.8", "accelerate==1.15.0")),
 }
 
-_CORE = ("tests/test_*.py", "tests/backends/test_cpu.py")
+
+@dataclass(frozen=True)
+class Conformance:
+    """A row of the matrix: the common suite on one backend, one leg for each precision.
+
+    Attributes:
+        environment: a key of `ENVIRONMENTS`.
+        backend: first part of the legs' names.
+        processes: how many train together.
+        tests: the file with the subclass of the suite.
+        precisions: all that the file tests.
+        variables: environment variables on top of `VARIABLES`.
+    """
+
+    environment: str
+    backend: str
+    processes: int
+    tests: str
+    precisions: tuple[str, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def legs(self) -> dict[str, Leg]:
+        """Return the legs by name: backend, precision, processes."""
+        return {
+            f"{self.backend}-{precision}-{self.processes}p": Leg(
+                self.environment,
+                tests=(self.tests,),
+                arguments=(f"--precision={precision}",),
+                variables=self.variables,
+            )
+            for precision in self.precisions
+        }
+
+
+_MIXED = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+_XLA = {"PJRT_DEVICE": "CPU"}  # real torch_xla, rehearsed on the CPU
+_DEEPSPEED = {"DS_ACCELERATOR": "cpu"}  # real DeepSpeed, on gloo
+
+CONFORMANCE = (
+    Conformance("light", "cpu", 1, "tests/backends/test_cpu.py", _MIXED),
+    Conformance("light", "cpu", 2, "tests/backends/test_cpu_two_processes.py", _MIXED),
+    Conformance("light", "cuda-logic-on-cpu", 1, "tests/backends/test_cuda.py", (*_MIXED, "16-true")),
+    Conformance("full", "tpu", 1, "tests/backends/test_tpu.py", ("32-true", "bf16-mixed", "bf16-true"), _XLA),
+    Conformance("full", "deepspeed", 1, "tests/backends/test_deepspeed.py", _MIXED, _DEEPSPEED),
+)
+
+_CORE = ("tests/test_*.py",)
 
 LEGS = {
     "lint": Leg(
         "light",
         commands=(("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("codespell",)),
     ),
-    "cpu": Leg("light", tests=_CORE),
-    "two-processes": Leg("light", tests=("tests/backends/test_cpu_two_processes.py",)),
-    # Real processes under every launcher; every command of the page on launching.
-    "launch": Leg("full", tests=("tests/launch/test_*.py",), minutes=30),
-    "cuda-logic-on-cpu": Leg("light", tests=("tests/backends/test_cuda.py",)),
-    "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
+    "core": Leg("light", tests=_CORE),
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.
-    "oldest-torch": Leg("full", tests=_CORE),
-    # Real torch_xla on the CPU: one device for the common suite, then replicas and meshes of virtual ones.
-    "tpu": Leg(
-        "full",
-        tests=("tests/backends/test_tpu.py", "tests/tpu/test_*.py"),
-        variables={"PJRT_DEVICE": "CPU"},
-        minutes=45,
-    ),
-    # On the CPU with gloo: one process for the common suite, two for every ZeRO stage.
-    "deepspeed": Leg(
-        "full",
-        tests=("tests/backends/test_deepspeed.py", "tests/zero/test_*.py"),
-        variables={"DS_ACCELERATOR": "cpu"},
-    ),
+    "core-oldest-torch": Leg("full", tests=(*_CORE, "tests/backends/test_cpu.py")),
+    **{name: leg for row in CONFORMANCE for name, leg in row.legs().items()},
+    # Graphs and reads counted, replicas, meshes of virtual devices.
+    "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA),
+    # Every ZeRO stage, on one process and on two.
+    "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED),
+    # Real processes under every launcher; every command of the page on launching.
+    "launch": Leg("full", tests=("tests/launch/test_*.py",)),
+    "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
 }

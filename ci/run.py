@@ -87,7 +87,8 @@ def _run_tests(leg: Leg, folder: Path, deadline: float, result: Result) -> None:
     files = [str(path.relative_to(ROOT)) for pattern in leg.tests for path in sorted(ROOT.glob(pattern))]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = ["python", "-m", "pytest", f"--junitxml={report}", "--durations=5", *(files or leg.tests)]
+        options = (f"--junitxml={report}", "--durations=5", *leg.arguments)
+        command = ["python", "-m", "pytest", *options, *(files or leg.tests)]
         status = _call(command, folder, leg, deadline)
         _count(report, result)
     if status:
@@ -145,9 +146,9 @@ def _environment(name: str) -> Path | None:
 
 def _summary(results: Sequence[Result]) -> str:
     """Return a table of the legs, and a last line with the number of tests."""
-    lines = ["", f"{'leg':<20}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}  result"]
+    lines = ["", f"{'leg':<32}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}  result"]
     for r in results:
-        lines.append(f"{r.leg:<20}{r.passed:>8}{r.failed:>8}{r.skipped:>9}{r.seconds:>9.0f}  {r.problem or 'ok'}")
+        lines.append(f"{r.leg:<32}{r.passed:>8}{r.failed:>8}{r.skipped:>9}{r.seconds:>9.0f}  {r.problem or 'ok'}")
     passed, skipped = sum(r.passed for r in results), sum(r.skipped for r in results)
     # A leg that fails without a failed test (lint, install, crash) counts as one failure.
     failed = sum(r.failed or bool(r.problem) for r in results)

@@ -90,6 +90,7 @@ class DigitGAN(LightningModule):
         )
 
     def sample(self, labels: Tensor) -> Tensor:
+        # On several processes each draws its own: torch's generators differ inside of a run.
         noise = torch.randn(len(labels), NOISE, device=labels.device, dtype=self.dtype)
         return self.generator(noise, labels)
 

@@ -6,6 +6,25 @@ from hypothesis import settings
 
 from xtrain import registry
 
+
+def pytest_addoption(parser):
+    parser.addoption("--precision", help="of the conformance suite, run what is about this precision")
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("--precision")
+    if chosen is not None:
+        config.hook.pytest_deselected(items=[item for item in items if precision_of(item) not in (None, chosen)])
+        items[:] = [item for item in items if precision_of(item) in (None, chosen)]
+
+
+def precision_of(item):
+    """Return what a test is about. Those of a suite that are about none run once, with its first precision."""
+    given = getattr(item, "callspec", None)
+    own = None if given is None else given.params.get("precision")
+    return own or getattr(item.cls, "precisions", (None,))[0]
+
+
 settings.register_profile("reproducible", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("reproducible")
 torch.set_num_threads(1)

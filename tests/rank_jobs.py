@@ -1,10 +1,13 @@
 """What the tests of several processes run on every rank: each job returns plain values, for the test to judge."""
 
+import random
+
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 from xtrain_backends._averaging import average_gradients
 
-from xtrain import LightningModule, Trainer, rank_zero_only
+from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
 from xtrain.testing.experiments import make_trainer
 from xtrain.testing.modules import Gan
 from xtrain.testing.networks import batches
@@ -82,10 +85,10 @@ class Odd(Gan):
         return g_opt, d_opt
 
 
-def odd(what, options, world_size, rank):
+def odd(what, options, world_size, rank, backend="cpu"):
     torch.manual_seed(3)
     module = Odd(what, rank)
-    make_trainer("cpu", "32-true", options, max_epochs=1).fit(module, batches(1, world_size, rank))
+    make_trainer(backend, "32-true", options, max_epochs=1).fit(module, batches(1, world_size, rank))
     return module.D.last.bias.detach().clone(), module.norm.running_mean.clone()
 
 
@@ -109,41 +112,73 @@ def overflow(world_size, rank):
     return [[o.step_count, o.skipped_steps] for o in trainer.optimizers], trainer.backend.scaler.current_scale
 
 
-class Talks(LightningModule):
-    """Uses every collective a user has."""
+def reduced(world_size, rank):
+    """Reduce whole numbers, whose mean is none."""
+    joined(world_size, rank)
+    backend = Trainer("cpu").backend
+    backend.launch()
+    numbers = torch.tensor([rank, 1])
+    return [backend.collectives.all_reduce(numbers, op).tolist() for op in ("sum", "mean", "max", "min")]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.weight = nn.Parameter(torch.zeros(1))
+
+class Draws(Gan):
+    """Draws a number from each generator in the training step."""
 
     def training_step(self, batch, batch_idx):
-        rank = self.global_rank
-        self.log("mean", float(rank), sync_dist=True, on_epoch=True, on_step=False)
-        self.log("highest", float(rank), sync_dist=True, reduce_fx="max", on_epoch=True, on_step=False)
-        self.log("own", float(rank), on_epoch=True, on_step=False)
-        self.trainer.barrier()
-        gathered = self.all_gather({"rank": torch.tensor([rank]), "nested": [torch.full((2,), float(rank))]})
-        self.said = {
-            "gathered": gathered["rank"].flatten().tolist(),
-            "shape": list(gathered["nested"][0].shape),
-            "object": self.trainer.broadcast({"rank": rank}, source=1),
-            "tensor": self.trainer.broadcast(torch.tensor([rank])).tolist(),
-            "zero": self.trainer.is_global_zero,
-            "only": rank_zero_only(lambda: "written")(),
-            "sum": self.trainer.backend.collectives.all_reduce(torch.tensor([rank, 1]), "sum").tolist(),
-            "mean of ints": self.trainer.backend.collectives.all_reduce(torch.tensor([rank])).tolist(),
-        }
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        self.drawn = torch.rand(()).item(), random.random()
 
 
-def talk(world_size, rank):
-    module = Talks()
-    trainer = Trainer("cpu", max_epochs=1, enable_progress_bar=False)
-    trainer.fit(module, [None, None])
-    return module.said | {name: value.item() for name, value in trainer.callback_metrics.items()}
+def drawn(world_size, rank, backend="cpu"):
+    """Return what two runs drew, and what was drawn after them."""
+    seed_everything(3)
+    module, runs = Draws(), []
+    for _ in range(2):
+        make_trainer(backend, "32-true", {}, max_epochs=1).fit(module, batches(1, world_size, rank))
+        runs.append(module.drawn)
+    return runs, torch.rand(()).item()
+
+
+class Stream:
+    """Batches of which nobody knows how many there are."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(torch.arange(self.count))
+
+
+class Reads(Gan):
+    """Notes the batches of each epoch, and which was called the last."""
+
+    def on_fit_start(self):
+        self.seen = []
+
+    def on_train_epoch_start(self):
+        self.seen.append([])
+
+    def training_step(self, batch, batch_idx):
+        self.seen[-1].append((batch.tolist(), self.trainer.is_last_batch))
+
+
+def uneven(counts, how, world_size, rank):
+    """Read streams of unequal length for two epochs."""
+    module = Reads()
+    make_trainer("cpu", "32-true", {}, max_epochs=2, uneven_batches=how).fit(module, Stream(counts[rank]))
+    return module.seen
+
+
+def orders(kind, world_size, rank):
+    """Read a shuffled loader for two epochs; return the numbers of each batch."""
+    seed_everything(5)
+    torch.manual_seed(rank)  # the order must not come from the ranks' own generators
+    numbers = range(22)
+    loader = DataLoader(numbers, batch_size=4, shuffle=True)
+    if kind == "distributed already":
+        loader = DataLoader(numbers, batch_size=4, sampler=DistributedSampler(numbers, world_size, rank, seed=9))
+    module = Reads()
+    make_trainer("cpu", "32-true", {}, max_epochs=2).fit(module, loader)
+    return [[batch for batch, _ in epoch] for epoch in module.seen]
 
 
 class LineSearch(LightningModule):

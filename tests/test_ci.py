@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "ci"))
 
-from legs import ENVIRONMENTS, LEGS  # noqa: E402
+from legs import CONFORMANCE, ENVIRONMENTS, LEGS  # noqa: E402
 
 
 def test_every_test_file_belongs_to_a_leg():
@@ -27,6 +28,51 @@ def test_leg_names_what_exists(name):
     assert leg.environment in ENVIRONMENTS
     assert leg.tests or leg.commands
     assert all(list(ROOT.glob(pattern)) for pattern in leg.tests)
+
+
+@pytest.mark.parametrize("row", CONFORMANCE, ids=lambda row: row.tests)
+def test_every_precision_of_a_suite_has_its_leg(row, monkeypatch):
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")  # a test file sets it
+    found = runpy.run_path(str(ROOT / row.tests)).values()
+    suites = [s for s in found if isinstance(s, type) and s.__module__ == "<run_path>" and hasattr(s, "precisions")]
+    assert suites
+    assert {precision for suite in suites for precision in suite.precisions} == set(row.precisions)
+    for suite in suites:  # the tests that are about no precision run with the first
+        assert suite.precisions[0] == row.precisions[0]
+
+
+SUITE = """
+import pytest
+
+class TestSuite:
+    precisions = ("32-true", "16-mixed")
+
+    @pytest.mark.parametrize("precision", precisions)
+    def test_by_precision(self, precision):
+        pass
+
+    def test_once(self):
+        pass
+
+def test_outside_of_a_suite():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "line"),
+    [
+        ("32-true", "3 passed, 1 deselected"),
+        ("16-mixed", "2 passed, 2 deselected"),
+        ("8", "1 passed, 3 deselected"),
+    ],
+)
+def test_a_leg_runs_its_precision_only(precision, line, tmp_path):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(SUITE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--precision={precision}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert line in done.stdout
 
 
 def test_extras_of_the_environments_are_in_the_metadata():

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import rank_jobs
 import torch
+from torch.utils.data import DistributedSampler
 
 from xtrain import ConfigurationError, ProtocolError
 from xtrain.testing.ranks import Ranks
@@ -86,21 +87,47 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pair):
     assert first[0] == [[3, 1], [4, 0]]
 
 
-def test_collectives_for_users(pair):
-    for rank, said in enumerate(pair.run(rank_jobs.talk)):
-        assert said == {
-            "gathered": [0, 1],
-            "shape": [2, 2],
-            "object": {"rank": 1},
-            "tensor": [0],
-            "zero": rank == 0,
-            "only": "written" if rank == 0 else None,
-            "sum": [1, 2],
-            "mean of ints": [0.5],
-            "mean": 0.5,
-            "highest": 1.0,
-            "own": float(rank),
-        }
+@pytest.mark.parametrize(("counts", "drop", "finish"), [((5, 3), 3, 5), ((2, 4), 2, 4), ((3, 3), 3, 3)])
+def test_ranks_that_do_not_know_their_lengths_end_together(pair, counts, drop, finish):
+    for how, length in (("drop", drop), ("finish", finish)):
+        for count, epochs in zip(counts, pair.run(partial(rank_jobs.uneven, counts, how)), strict=True):
+            # who has no more repeats the last batch
+            expected = [(min(index, count - 1), index == length - 1) for index in range(length)]
+            assert epochs == [expected, expected]
+
+
+@pytest.mark.parametrize("how", ["drop", "finish"])
+@pytest.mark.parametrize("counts", [(0, 2), (2, 0)])
+def test_a_rank_without_any_batch_is_told_on_all_ranks(pair, counts, how):
+    says = "a batch on every rank" if how == "finish" else "at least one batch from the training loader"
+    with pytest.raises(ConfigurationError, match=says):
+        pair.run(partial(rank_jobs.uneven, counts, how))
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("made distributed", 5), ("distributed already", 9)])
+def test_the_order_of_an_epoch_is_that_of_torch(pair, kind, seed):
+    for rank, epochs in enumerate(pair.run(partial(rank_jobs.orders, kind))):
+        sampler = DistributedSampler(range(22), 2, rank, seed=seed)
+        expected = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            expected.append([order[i : i + 4] for i in range(0, len(order), 4)])
+        assert epochs == expected
+        assert epochs[0] != epochs[1]
+
+
+def test_whole_numbers_are_reduced(pair):
+    assert pair.run(rank_jobs.reduced) == [[[1, 2], [0.5, 1.0], [1, 1], [0, 1]]] * 2
+
+
+def test_each_rank_draws_its_own_noise_in_a_run(pair):
+    first, second = pair.run(rank_jobs.drawn)
+    noise = [number for runs, _ in (first, second) for number, _ in runs]
+    assert len(set(noise)) == 4, "two ranks in two runs"
+    assert first[0][0][1] == second[0][0][1], "a choice by Python's generator is the same on all ranks"
+    assert first[1] == second[1], "outside of runs all ranks draw the same"
+    assert pair.run(rank_jobs.drawn) == [first, second], "the seed decides"
 
 
 def test_a_line_search_sees_the_mean_loss(pair):

@@ -80,6 +80,13 @@ def test_backend_imports_only_the_core_and_private_helpers(path):
     assert not {name.split(".")[0] for name in imported(path)} & {"tests", "examples", "ci"}
 
 
+@by_path(BACKENDS)
+def test_one_backend_knows_torch_xla(path):
+    """It is to be replaced by another package one day: then this file and its private helpers change."""
+    if path.name != "xla.py" and not path.name.startswith("_xla_"):
+        assert "torch_xla" not in {name.split(".")[0] for name in imported(path)}
+
+
 def test_public_modules_of_the_core_have_no_import_cycle():
     """Imports for annotations only (under TYPE_CHECKING) and inside functions are no arrows at run time."""
     arrows = {module_name(path): set(imported_at_run_time(path)) for path in CORE}
@@ -122,6 +129,29 @@ def test_import_loads_no_backend():
     code = "import sys, xtrain; print([m for m in sys.modules if m.startswith('xtrain_backends.')])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+NO_XLA = """
+import importlib, pathlib, sys
+class Refuse:
+    def find_spec(self, name, *_):
+        assert name.split(".")[0] != "torch_xla", f"{name} is imported unasked"
+sys.meta_path.insert(0, Refuse())
+import xtrain, xtrain.cli, xtrain.testing
+from xtrain.launch import own_rank
+for name in sys.argv[1:]:
+    importlib.import_module(f"xtrain_backends.{name}")
+assert own_rank() == 0
+trainer = xtrain.Trainer("cpu", max_epochs=1)
+assert trainer.is_global_zero
+"""
+
+
+def test_nothing_imports_torch_xla_before_its_backend_starts():
+    """Merely importing it turns CPU runs of other libraries into XLA runs."""
+    names = [path.stem for path in BACKENDS if path.stem != "__init__"]
+    done = subprocess.run([sys.executable, "-c", NO_XLA, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_public_surface_is_frozen():

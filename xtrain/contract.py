@@ -11,7 +11,7 @@ consumes it, so a backend may reduce and unscale there without keeping flags of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, final
@@ -122,6 +122,11 @@ class Backend(ABC):
     def available(cls) -> str | None:
         """Return None if the backend can run here, else the reason and what to do about it."""
 
+    @classmethod
+    def place(cls) -> int | None:
+        """Return the rank of this process or thread, if it was started without ``RANK`` in the environment."""
+        return None
+
     @abstractmethod
     def launch(self) -> None:
         """Join the launcher's processes, or start the missing ones; set `device` and `collectives`."""
@@ -168,6 +173,10 @@ class Backend(ABC):
         """Return a fresh context for one forward pass: autocast, another default dtype, or nothing."""
         return self.precision.forward_context(self.device.type)
 
+    def random_stream(self) -> AbstractContextManager[Any]:
+        """Return the context of a run, in which torch should draw other random numbers on each rank."""
+        return nullcontext()
+
     def training_batches(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Return the batches of a training epoch; a backend that cannot take a smaller last one changes them."""
         return loader
@@ -186,17 +195,25 @@ class Backend(ABC):
             return []
         return torch.stack([v.detach().to(self.device, torch.float64) for v in values]).tolist()
 
+    def to_cpu(self, data: Any) -> Any:
+        """Return `data` with copies of its tensors on the CPU, in few transfers: what a file may hold."""
+        return map_tensors(lambda t: t.detach().to("cpu", copy=True), data)
+
     def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Return a context in which every parameter of `module` is whole (ZeRO-3 gathers here)."""
         return nullcontext()
 
-    def parameters_of(self, optimizer: LightningOptimizer) -> Iterator[Tensor]:
+    def parameters_of(self, optimizer: LightningOptimizer) -> list[Tensor]:
         """Return the module's parameters that `optimizer` trains; override where shards stand in its groups."""
-        return (p for group in optimizer.optimizer.param_groups for p in group["params"])
+        return [p for group in optimizer.optimizer.param_groups for p in group["params"]]
 
     def has_gradients(self, optimizer: LightningOptimizer) -> bool:
         """Return whether any parameter of `optimizer` has a gradient."""
-        return any(p.grad is not None for p in optimizer.parameters)
+        for group in optimizer.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    return True
+        return False
 
     def unseen_gradient(self) -> str | None:
         """Return what a gradient misses when ``loss.backward()`` is called directly, or None."""
@@ -229,10 +246,9 @@ def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     if isinstance(data, dict):
         items = {key: map_tensors(function, value) for key, value in data.items()}
         return items if type(data) is dict else type(data)(items)
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(map_tensors(function, value) for value in data))
-    if isinstance(data, list | tuple):
-        return type(data)(map_tensors(function, value) for value in data)
+    if isinstance(data, (list, tuple)):
+        values = [function(v) if isinstance(v, Tensor) else map_tensors(function, v) for v in data]
+        return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
     if is_dataclass(data) and not isinstance(data, type):
         return replace(data, **{f.name: map_tensors(function, getattr(data, f.name)) for f in fields(data) if f.init})
     return data
@@ -245,7 +261,7 @@ def check_clip_value(value: Any) -> float:
         ConfigurationError: unless it is a finite number of at least 0, or infinity (measure only).
     """
     fix = "self.clip_gradients(opt, gradient_clip_val=1.0)"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigurationError(explain("a number as gradient_clip_val", f"{value!r} ({type(value).__name__})", fix))
     if not value > 0:  # also catches NaN
         raise ConfigurationError(explain("a gradient_clip_val above zero", value, fix))

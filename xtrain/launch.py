@@ -18,6 +18,7 @@ from torch import distributed as dist
 from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
 from xtrain.launcher import LAUNCH_ID, Launch, detect_launcher
 from xtrain.launcher_children import GRACE, Board, Children, Failure, follow_parent, wait_for
+from xtrain.registry import rank_of_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,6 +88,18 @@ def current_launch() -> Launch:
     return detect_launcher(os.environ, _parent_command()) if _world is None else _world.launch
 
 
+def own_rank() -> int:
+    """Return the rank of this process, or of this thread where a launcher starts threads; 0 for a run of one.
+
+    It is known before a run begins, unless the processes are to be started by it.
+
+    Raises:
+        ConfigurationError: see `current_launch`.
+    """
+    launch = current_launch()
+    return launch.rank if launch.joined else rank_of_thread() or 0
+
+
 def join(devices: int | None = None, seconds: float = JOIN_SECONDS) -> World | None:
     """Join the launcher's processes, or start ``devices - 1`` more; the second call returns what the first did.
 
@@ -116,7 +129,7 @@ def join(devices: int | None = None, seconds: float = JOIN_SECONDS) -> World | N
 
 
 def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
-    """Return `function`, doing nothing and returning None on every process but the first.
+    """Return `function`, doing nothing and returning None on every process or replica but the first.
 
     It works inside and outside of a run: for what a script writes or prints. Nothing in it may talk to
     the other processes, which do not come there.
@@ -124,7 +137,7 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
-        return function(*args, **kwargs) if current_launch().rank == 0 else None
+        return function(*args, **kwargs) if own_rank() == 0 else None
 
     return wrapper
 

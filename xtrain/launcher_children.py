@@ -77,13 +77,14 @@ class Children:
 
     def __init__(self, count: int, port: int, board: Board, in_run: threading.Event) -> None:
         self.failure: Failure | None = None
-        self._board, self._in_run, self._closing = board, in_run, False
+        self._board, self._in_run, self._closing = board, in_run, threading.Event()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         command = own_command()
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(port), LAUNCH_ID: str(os.getpid()), _PARENT: str(os.getpid())}
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store exists: whoever reads this only connects
         environ = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **shared}
+        self._watcher = threading.Thread(target=self._watch, name="xtrain-ranks", daemon=True)
         atexit.register(self._at_exit)
         try:
             for rank in range(1, count):
@@ -95,7 +96,7 @@ class Children:
         except BaseException:
             self.end()
             raise
-        threading.Thread(target=self._watch, name="xtrain-ranks", daemon=True).start()
+        self._watcher.start()
 
     def first_failure(self, wait: float) -> Failure | None:
         """Return what failed first, for a rank 0 that has just lost a peer; None if nothing did in `wait` seconds."""
@@ -104,16 +105,18 @@ class Children:
 
     def end(self, grace: float = 2.0) -> None:
         """End the children and whatever they started, with a signal they cannot ignore after `grace` seconds."""
-        self._closing = True
+        self._closing.set()
         for number, wait in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
             for process in self._processes.values():
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, number)
             wait_for(lambda: all(p.poll() is not None for p in self._processes.values()) or None, wait)
+        # An interpreter that ends while another thread is inside a call to the store aborts.
+        if self._watcher.is_alive() and self._watcher is not threading.current_thread():
+            self._watcher.join(GRACE)
 
     def _watch(self) -> None:
-        while not self._closing:
-            time.sleep(_POLL)
+        while not self._closing.wait(_POLL):
             self.failure = self._board.read() or self._dead()
             if self.failure is not None:
                 self._follow_up(self.failure)
@@ -130,15 +133,15 @@ class Children:
 
     def _follow_up(self, failure: Failure) -> None:
         """End rank 0 from outside if it does not notice by itself, as in a collective that has no timeout."""
-        wait_for(lambda: self._closing or not self._in_run.is_set() or None, GRACE)
-        if self._in_run.is_set() and not self._closing:
+        wait_for(lambda: self._closing.is_set() or not self._in_run.is_set() or None, GRACE)
+        if self._in_run.is_set() and not self._closing.is_set():
             _die(f"{failure}\nRank 0 did not notice within {GRACE:g} s and was ended.", self)
 
     def _at_exit(self) -> None:
         """Let the children come to their own end after rank 0; a bad one makes the exit status 1."""
         failed = getattr(sys, "last_value", None) is not None
-        finished = None if self._closing or failed else self._await_all(6 * GRACE)
-        already = self._closing or failed
+        finished = None if self._closing.is_set() or failed else self._await_all(6 * GRACE)
+        already = self._closing.is_set() or failed
         self.end(0.5)
         if already:
             return

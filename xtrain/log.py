@@ -1,10 +1,10 @@
 """What ``self.log`` does: keep every value where it is, and read all of them at once, rarely.
 
-A logged tensor is only remembered. At a log point (every ``log_every_n_steps`` training steps, and
-at the end of an epoch) one call of the backend's ``read_scalars`` brings everything that waits to the
-host: values for the loggers and the progress bar, values that an epoch averages, and the checks of
-the loop. Epoch averages are accumulated on the host, so nothing is computed on the device and the
-memory of an epoch stays bounded.
+A logged tensor is only remembered (as a number, where reading it waits for nothing). At a log point
+(every ``log_every_n_steps`` training steps, and at the end of an epoch) one call of the backend's
+``read_scalars`` brings everything that waits to the host: values for the loggers and the progress bar,
+values that an epoch averages, and the checks of the loop. Epoch averages are accumulated on the host,
+so nothing is computed on the device and the memory of an epoch stays bounded.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class MetricLog:
         read_scalars: brings 0-dim tensors to the host, as `Backend.read_scalars` does.
         all_reduce: reduces a 1-dim float64 CPU tensor over the ranks; called for ``sync_dist`` only.
         log_every_n_steps: steps between log points; 0 sends epoch values only.
+        asynchronous: reading a value would wait for the device; if not, each is read when it is logged.
 
     Attributes:
         loggers: where values are sent.
@@ -89,11 +90,12 @@ class MetricLog:
         read_scalars: Callable[[Sequence[Tensor]], list[float]],
         all_reduce: Callable[[Tensor, ReduceOp], Tensor],
         log_every_n_steps: int = 50,
+        asynchronous: bool = True,
     ) -> None:
         if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int) or log_every_n_steps < 0:
             received = f"log_every_n_steps={log_every_n_steps!r}"
             raise ConfigurationError(explain("an int of at least 0", received, "Trainer(log_every_n_steps=50)"))
-        self._read_scalars, self._all_reduce = read_scalars, all_reduce
+        self._read_scalars, self._all_reduce, self._asynchronous = read_scalars, all_reduce, asynchronous
         self._every = log_every_n_steps or _READ_EVERY
         self._sends_steps = log_every_n_steps > 0
         self.loggers: Sequence[Logger] = ()
@@ -143,10 +145,13 @@ class MetricLog:
 
     # ---------------------------------------------------------------- values come in
 
-    def log(
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """Remember one value; see `log_dict` for the options."""
+        self.log_dict({name: value}, **options)
+
+    def log_dict(
         self,
-        name: str,
-        value: Any,
+        values: Mapping[str, Any],
         *,
         prog_bar: bool = False,
         logger: bool = True,
@@ -159,17 +164,17 @@ class MetricLog:
         rank_zero_only: bool = False,
         metric_attribute: str | None = None,
     ) -> None:
-        """Remember `value` under `name`. Neither waits for the device nor gives it work.
+        """Remember values. Neither waits for the device nor gives it work.
 
         Args:
-            name: the metric's name; logged per step and per epoch it becomes ``name_step`` and ``name_epoch``.
-            value: a number, a tensor of one element, or a torchmetrics object.
+            values: numbers, tensors of one element or torchmetrics objects, by name. Logged per step and per
+                epoch, a name becomes ``name_step`` and ``name_epoch``.
             prog_bar: show it in the progress bar.
             logger: send it to the loggers.
             on_step: send the newest value at every log point; the default in the hooks of a training step.
             on_epoch: send the reduction over the epoch; the default in all other hooks.
-            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function
-                of the 1-dim tensor of all values of the epoch.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a
+                1-dim tensor, all values of the epoch.
             sync_dist: reduce over the ranks too, at log points and epoch ends; every rank must log it.
             batch_size: weight of this value in the mean; default: the first dimension of the batch.
             add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
@@ -180,31 +185,25 @@ class MetricLog:
             ConfigurationError: for a value, a hook or settings that cannot be logged.
         """
         settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
-        self.record(name, value, settings, batch_size)
+        for name, value in values.items():
+            metric = self._stage.scope.get(name)
+            if metric is None or metric.settings != settings:
+                metric = self._register(name, value, settings, metric)
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = snapshot(value) if self._asynchronous else float(value.item())
+            elif type(value) is not float:
+                if is_torchmetric(value):
+                    metric.take_source(value)
+                    continue
+                check_value(name, value)
+                value = float(value)
+            metric.latest, metric.fresh = value, True
+            if metric.on_epoch:
+                metric.waiting.append(value)
+                metric.waiting_weights.append(self._weight() if batch_size is None else check_weight(batch_size))
 
-    def record(self, name: str, value: Any, settings: Settings, batch_size: int | None = None) -> None:
-        """Do what `log` does, given its settings as a tuple."""
-        metric = self._stage.scope.get(name)
-        if metric is None or metric.settings != settings:
-            metric = self._register(name, value, settings, metric)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = snapshot(value)
-        elif type(value) is not float:
-            if is_torchmetric(value):
-                metric.take_source(value)
-                return
-            check_value(name, value)
-            value = float(value)
-        metric.latest = value
-        metric.fresh = True
-        if metric.on_epoch:
-            metric.waiting.append(value)
-            metric.waiting_weights.append(self._weight(batch_size))
-
-    def _weight(self, batch_size: int | None) -> int:
+    def _weight(self) -> int:
         stage = self._stage
-        if batch_size is not None:
-            return check_weight(batch_size)
         if stage.batch_size is None:
             stage.batch_size = next((tensor.size(0) for tensor in tensors_in(stage.batch) if tensor.dim()), 1)
         return stage.batch_size

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from xtrain.contract import map_tensors
 from xtrain.errors import ConfigurationError, ProtocolError, explain
+from xtrain.gather import gather
 from xtrain.hooks import ModuleHooks
 from xtrain.hparams import HyperParameters, read_hyperparameters
 from xtrain.optimizer import GradientLife, LightningOptimizer
@@ -163,7 +164,7 @@ class LightningModule(ModuleHooks, nn.Module):
         Raises:
             ProtocolError: outside of a run.
         """
-        life = self._active("optimizers")
+        life = self._life or self._active("optimizers")
         if use_pl_optimizer:
             return self._optimizers
         raw = [o.optimizer for o in life.optimizers]
@@ -232,7 +233,7 @@ class LightningModule(ModuleHooks, nn.Module):
             ProtocolError: after the step, or without gradients.
             ConfigurationError: for a value or an algorithm that means nothing.
         """
-        life = self._active("clip_gradients")
+        life = self._life or self._active("clip_gradients")
         value = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm: Any = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
         return life.wrapper_of(optimizer).clip_gradients(value, algorithm)  # type: ignore[arg-type]  # None is refused
@@ -259,18 +260,23 @@ class LightningModule(ModuleHooks, nn.Module):
     # ---------------------------------------------------------------- logging and collectives
 
     def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a metric without waiting for the device; see `xtrain.log.MetricLog.log` for the options."""
+        """Record a metric without waiting for the device; see `xtrain.log.MetricLog.log_dict` for the options."""
         self.trainer.metrics.log(name, value, prog_bar=prog_bar, **options)
 
     def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
         """Record several metrics with the same options."""
-        log = self.trainer.metrics.log
-        for name, value in dictionary.items():
-            log(name, value, prog_bar=prog_bar, **options)
+        self.trainer.metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
 
-    def all_gather(self, data: Any) -> Any:
-        """Return each tensor in `data` gathered from all ranks, shape ``(world_size, *shape)``."""
-        return map_tensors(self.trainer.backend.collectives.all_gather, data)
+    def all_gather(self, data: Any, *, sync_grads: bool = False) -> Any:
+        """Return `data` with each tensor gathered from all ranks, shape ``(world_size, *shape)``.
+
+        Args:
+            data: a tensor, or nested dicts and sequences of tensors, shaped alike on every rank.
+            sync_grads: let gradients flow back to the rank that a part came from, summed over the ranks
+                whose losses used it; every rank must run that backward. Otherwise the result has no graph.
+        """
+        ranks = self.trainer.backend.collectives
+        return map_tensors(lambda tensor: gather(tensor, ranks, sync_grads), data)
 
     def print(self, *values: Any) -> None:
         """Print on rank 0 only, above the progress bar."""

@@ -72,8 +72,8 @@ class GradientLife:
         if self._nonfinite_loss != "ignore" and loss.numel() == 1:
             if self._asynchronous:
                 self.last_loss = loss.detach()
-            else:
-                self.check_finite(loss.item())
+            elif not math.isfinite(value := loss.item()):
+                self.check_finite(value)
         for hook in self.hooks["on_before_backward"]:
             hook(loss)
         self.in_backward = True
@@ -88,8 +88,7 @@ class GradientLife:
         for optimizer, versions in finalized:
             if optimizer.gradient_versions() != versions:
                 raise ProtocolError(_BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
-        toggled = self.toggles.innermost
-        for optimizer in self.optimizers if toggled is None else (toggled,):
+        for optimizer in self.toggles.active[-1:] or self.optimizers:
             if optimizer.phase is not Phase.FINALIZED:
                 optimizer.phase = Phase.ACCUMULATED
         for hook in self.hooks["on_after_backward"]:
@@ -129,13 +128,8 @@ class GradientLife:
         for candidate in self.optimizers:
             if candidate is optimizer or candidate.optimizer is optimizer:
                 return candidate
-        raise ConfigurationError(
-            explain(
-                "an optimizer returned by configure_optimizers",
-                f"{type(optimizer).__name__}",
-                "opt = self.optimizers()",
-            )
-        )
+        expected, received = "an optimizer returned by configure_optimizers", type(optimizer).__name__
+        raise ConfigurationError(explain(expected, received, "opt = self.optimizers()"))
 
 
 class LightningOptimizer:
@@ -172,7 +166,7 @@ class LightningOptimizer:
         return f"optimizer {position} ({type(self.optimizer).__name__})"
 
     @property
-    def parameters(self) -> Iterator[Tensor]:
+    def parameters(self) -> list[Tensor]:
         """The parameters of all groups, in order."""
         return self._backend.parameters_of(self)
 
@@ -192,7 +186,8 @@ class LightningOptimizer:
         value = check_clip_value(value)
         if self.phase is Phase.STEPPED:
             raise ProtocolError(_CLIP_AFTER_STEP.format(optimizer=self))
-        self.finalize()
+        if self.phase is not Phase.FINALIZED:
+            self.finalize()
         return self._backend.clip_gradients(self, value, algorithm)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -212,7 +207,8 @@ class LightningOptimizer:
         """
         if closure is not None:
             return self._step_with(closure)
-        self.finalize()
+        if self.phase is not Phase.FINALIZED:
+            self.finalize()
         for hook in self._life.hooks["on_before_optimizer_step"]:
             hook(self.optimizer)
         self._stepping = True

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 from xtrain.errors import ConfigurationError, explain
 
+_NO_CONTEXT = nullcontext()  # holds nothing, so one serves all
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -46,7 +48,7 @@ class Precision:
         if self.parameter_dtype is not None:
             return default_dtype(self.parameter_dtype)
         if self.autocast_dtype is None:
-            return nullcontext()
+            return _NO_CONTEXT
         return torch.autocast(device_type, dtype=self.autocast_dtype, cache_enabled=False)
 
     def suspended(self, device_type: str) -> AbstractContextManager[Any]:
@@ -54,7 +56,7 @@ class Precision:
         if self.parameter_dtype is not None:
             return default_dtype(torch.float32)
         if self.autocast_dtype is None:
-            return nullcontext()
+            return _NO_CONTEXT
         return torch.autocast(device_type, enabled=False)
 
 

@@ -13,6 +13,7 @@ entry points), so it works without an install and never sees a stale one.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -110,6 +111,17 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
     cls = get_backend_class(backend)
     _check_options(backend, cls, options)
     return cls(**options)
+
+
+def rank_of_thread() -> int | None:
+    """Return the rank that a backend knows this process or thread to have; see `Backend.place`."""
+    asked = dict.fromkeys([*_built_in_backends(), *_validated])  # other packages' backends cost an import
+    return next((rank for cls in asked if (rank := cls.place()) is not None), None)
+
+
+@functools.cache
+def _built_in_backends() -> tuple[type[Backend], ...]:
+    return tuple(get_backend_class(name) for name, entry in _entry_points().items() if _is_built_in(entry))
 
 
 def register_backend(cls: B) -> B:

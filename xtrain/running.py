@@ -60,6 +60,7 @@ def running(
             clean_up.callback(trainer.life.toggles.clear)
             for guard in trainer.life.guard():
                 clean_up.callback(guard.remove)
+            clean_up.enter_context(backend.random_stream())
             yield
         except BaseException as error:
             for logger in trainer.metrics.loggers:

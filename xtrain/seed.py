@@ -14,6 +14,9 @@ from xtrain.errors import ConfigurationError, explain
 def seed_everything(seed: int | None = None, workers: bool = False) -> int:
     """Seed Python's, NumPy's (if it is imported) and torch's generators, on every device.
 
+    Give every rank the same seed, so that they make the same module: inside of a run on several processes,
+    torch draws other numbers on each of them anyway.
+
     Args:
         seed: 0 to 2**32 - 1; None takes ``XTRAIN_SEED`` from the environment, or 0.
         workers: accepted as in Lightning; torch seeds loader workers from its own generator.

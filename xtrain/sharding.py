@@ -176,7 +176,7 @@ def agreed(batches: Iterable[Any], ranks: Collectives, uneven: str) -> Iterator[
             without more repeats its last batch until then.
 
     Raises:
-        ConfigurationError: if this rank has no batch at all and the others go on.
+        ConfigurationError: on every rank, if only some of them have a batch at all and ``"finish"`` goes on.
     """
     source, last = iter(batches), _END
 
@@ -191,11 +191,11 @@ def agreed(batches: Iterable[Any], ranks: Collectives, uneven: str) -> Iterator[
 
     batch, answer = ahead()
     on = goes_on(answer)
+    if on and uneven == "finish" and not ranks.all_true(batch is not _END)():
+        fix = "Trainer(uneven_batches='drop'), or a loader with at least one batch per rank"
+        raise ConfigurationError(explain("a batch on every rank", "none on some of them", fix))
     while on:
         last = last if batch is _END else batch
-        if last is _END:
-            fix = "Trainer(uneven_batches='drop'), or a loader with at least one batch per rank"
-            raise ConfigurationError(explain("a batch on every rank", f"none on rank {ranks.rank}", fix))
         following, answer = ahead()
         on = goes_on(answer)
         yield last, not on

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.configure import LRSchedulerConfig
-from xtrain.contract import Backend
+from xtrain.contract import Backend, Collectives
 from xtrain.data import LightningDataModule
 from xtrain.errors import ConfigurationError, explain
+from xtrain.launch import own_rank
 from xtrain.log import MetricLog
 from xtrain.loggers.base import Logger
 from xtrain.module import LightningModule
@@ -62,7 +63,7 @@ class TrainerState:
     progress_bar_metrics = property(lambda self: self.metrics.progress_bar_metrics, doc="Metrics on the bar.")
     logger = property(lambda self: self.loggers[0] if self.loggers else None, doc="The first logger.")
     world_size = property(lambda self: self.backend.collectives.world_size, doc="Number of processes.")
-    global_rank = property(lambda self: self.backend.collectives.rank, doc="This process, from 0.")
+    global_rank = property(lambda self: _rank(self.backend.collectives), doc="This process, from 0.")
     local_rank = property(lambda self: self.backend.collectives.local_rank, doc="This process on its host.")
     is_global_zero = property(lambda self: self.global_rank == 0, doc="Whether this is rank 0.")
     training = property(lambda self: self.stage == "fit", doc="Whether `fit` runs.")
@@ -99,3 +100,7 @@ class TrainerState:
         if self.is_global_zero:
             bars = [c.print for c in self.callbacks if isinstance(c, ProgressBar)]
             (bars[0] if bars else print)(" ".join(map(str, values)))
+
+
+def _rank(ranks: Collectives) -> int:
+    return ranks.rank if ranks.world_size > 1 else own_rank()  # before a run, the launcher may have told it

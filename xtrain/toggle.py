@@ -21,25 +21,23 @@ class ToggleStack:
 
     Args:
         optimizers: all optimizers of the run.
+
+    Attributes:
+        active: the toggled optimizers; the parameters of the last one alone require gradients now.
     """
 
     def __init__(self, optimizers: Sequence[LightningOptimizer]) -> None:
         self._optimizers = optimizers
         self._parameters: list[Tensor] = []
         self._before: list[bool] = []
-        self._active: list[LightningOptimizer] = []
-
-    @property
-    def innermost(self) -> LightningOptimizer | None:
-        """The optimizer whose parameters alone require gradients now, or None."""
-        return self._active[-1] if self._active else None
+        self.active: list[LightningOptimizer] = []
 
     def push(self, optimizer: LightningOptimizer) -> None:
         """Let only the parameters of `optimizer` require gradients."""
-        if not self._active:
+        if not self.active:
             self._parameters = list(dict.fromkeys(p for o in self._optimizers for p in o.parameters))
             self._before = [p.requires_grad for p in self._parameters]
-        self._active.append(optimizer)
+        self.active.append(optimizer)
         self._apply()
 
     def pop(self, optimizer: LightningOptimizer) -> None:
@@ -48,9 +46,9 @@ class ToggleStack:
         Raises:
             ProtocolError: if `optimizer` is not toggled.
         """
-        for position in reversed(range(len(self._active))):
-            if self._active[position] is optimizer:
-                del self._active[position]
+        for position in reversed(range(len(self.active))):
+            if self.active[position] is optimizer:
+                del self.active[position]
                 self._apply()
                 return
         raise ProtocolError(
@@ -63,13 +61,13 @@ class ToggleStack:
 
     def clear(self) -> None:
         """End all toggles, as after an exception."""
-        if self._active:
-            self._active.clear()
+        if self.active:
+            self.active.clear()
             self._apply()
 
     def _apply(self) -> None:
         chosen: set[Tensor] | None = None
-        if self._active:
-            chosen = set(self._active[-1].parameters)
+        if self.active:
+            chosen = set(self.active[-1].parameters)
         for parameter, before in zip(self._parameters, self._before, strict=True):
             parameter.requires_grad_(before and (chosen is None or parameter in chosen))

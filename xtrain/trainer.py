@@ -126,10 +126,10 @@ class Trainer(TrainerState):
         self.default_root_dir = os.fspath(default_root_dir or Path.cwd())
         self.loggers = [] if quick else as_loggers(logger, self.default_root_dir)
         self.callbacks = _with_progress_bar(callbacks, enable_progress_bar)
-        self.metrics = MetricLog(self.backend.read_scalars, self._all_reduce, log_every_n_steps)
+        waits = self.backend.capabilities.asynchronous
+        self.metrics = MetricLog(self.backend.read_scalars, self._all_reduce, log_every_n_steps, waits)
         self.transfer: Callable[[Any, int], Any] = make_transfer(self.backend)
-        self.life = GradientLife(self.backend, {})
-        self.plan = FitPlan()
+        self.life, self.plan = GradientLife(self.backend, {}), FitPlan()
 
     # ---------------------------------------------------------------- what users call
 
@@ -241,7 +241,11 @@ class Trainer(TrainerState):
                 life.stepped = False
             if at_end:
                 self.call("on_train_batch_end", outputs, batch, index)
-            self._read_metrics()
+            if life.last_loss is not None:
+                metrics.checks["loss"] = life.last_loss
+            checks = metrics.flush_step(self.global_step, self.current_epoch)
+            if checks:
+                self._look_at(checks)
             self._batches_seen += 1
             if plan.val_loaders and self._validation_due():
                 evaluate(self, "validate", plan.val_loaders, self.limit_val_batches)
@@ -256,13 +260,8 @@ class Trainer(TrainerState):
         done = plan.steps_left <= 0 or 0 <= self.max_steps <= self.global_step
         return done or self.should_stop or plan.batches == 0
 
-    def _read_metrics(self) -> None:
-        """Let metrics be read at log points, and look at the loss if that would have cost a wait before."""
-        if self.life.last_loss is not None:
-            self.metrics.checks["loss"] = self.life.last_loss
-        self._look_at(self.metrics.flush_step(self.global_step, self.current_epoch))
-
     def _look_at(self, checks: dict[str, float]) -> None:
+        """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
         if "loss" in checks:
             self.life.check_finite(checks["loss"])
 

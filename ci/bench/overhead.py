@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import importlib.util
 import io
 import json
@@ -102,6 +103,7 @@ def measure_steps(contenders: list[Contender], rounds: int, steps: int) -> None:
         turn = index % len(contenders)
         for contender in contenders[turn:] + contenders[:turn]:
             gan, stopwatch = copy.deepcopy(start), Stopwatch(batches)
+            gc.collect()  # what the one before left behind is not this one's work
             with tempfile.TemporaryDirectory() as folder, unseen():
                 contender.train(gan, stopwatch, folder)
             contender.cpu.append(stopwatch.cpu / steps * 1e6)

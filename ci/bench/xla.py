@@ -1,26 +1,34 @@
-"""A GAN's training step on the tpu backend next to a hand-written torch_xla loop: time and what XLA counts.
+"""A GAN's training step on the tpu backend, a hand-written torch_xla loop and Lightning: time, and what XLA counts.
 
     PJRT_DEVICE=CPU python ci/bench/xla.py [--rounds 7] [--steps 20]
 
-Both run in one process, in turns, so that a busy machine slows both; the ratio is that of the medians.
+All run in one process, in turns, so that a busy machine slows all of them; a ratio is that of the medians.
+A library that is not installed is listed as such. Lightning uses a TPU only, so its search for one is overridden.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.utils.data import DataLoader
 
-from xtrain import Callback, LightningModule, Trainer
+import xtrain
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]  # real samples (64, 32), noise (64, 16)
+
+CLIP = 0.5
+WARM_UP = 5
 
 
 def networks(width: int) -> tuple[nn.Sequential, nn.Sequential]:
@@ -29,35 +37,14 @@ def networks(width: int) -> tuple[nn.Sequential, nn.Sequential]:
     return generator, nn.Sequential(nn.Linear(32, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
 
 
-def batches(count: int) -> list[Batch]:
+def make_optimizers(generator: nn.Module, discriminator: nn.Module) -> list[torch.optim.Adam]:
+    return [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in ((discriminator, 0.002), (generator, 0.001))]
+
+
+def batches(count: int) -> DataLoader[Batch]:
     draw = torch.Generator().manual_seed(1)
-    return [(torch.randn(64, 32, generator=draw), torch.randn(64, 16, generator=draw)) for _ in range(count)]
-
-
-class Gan(LightningModule):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.G, self.D = networks(width)
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in ((self.D, 0.002), (self.G, 0.001))]
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        d_opt, g_opt = self.optimizers()
-        x, z = batch
-        fake = self.G(z)
-        d_loss = softplus(self.D(fake.detach())).mean() + softplus(-self.D(x)).mean()
-        d_opt.zero_grad()
-        self.manual_backward(d_loss)
-        self.clip_gradients(d_opt, gradient_clip_val=0.5)
-        d_opt.step()
-        g_loss = softplus(-self.D(fake)).mean()
-        g_opt.zero_grad()
-        self.manual_backward(g_loss)
-        self.clip_gradients(g_opt, gradient_clip_val=0.5)
-        g_opt.step()
-        self.log_dict({"d": d_loss, "g": g_loss})
+    rows = [(torch.randn(64, 32, generator=draw), torch.randn(64, 16, generator=draw)) for _ in range(count)]
+    return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
 def counters() -> dict[str, int]:
@@ -70,59 +57,143 @@ def counters() -> dict[str, int]:
     return {"compiles": met.counter_value("UncachedCompile") or 0, **found}
 
 
-class Clock(Callback):
-    """Times blocks of steps of one long fit, and lets the other contender run in between."""
+class Clock:
+    """Is told when a step begins; measures `steps` of them after the warm-up, until the last one was computed."""
 
-    def __init__(self, steps: int, rounds: int, other: Callable[[], None]) -> None:
-        self.steps, self.rounds, self.other = steps, rounds, other
-        self.times: list[float] = []
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seconds = 0.0
         self.counts: dict[str, int] = {}
-        self._start = 0.0
-        self._before: dict[str, int] = {}
 
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % self.steps:
-            return
-        now = counters()
-        if batch_idx >= 2 * self.steps:  # the first block warms up
-            self.times.append((time.perf_counter() - self._start) / self.steps)
-            self.counts = {name: now[name] - self._before[name] for name in now}
-        if batch_idx:
-            self.other()
-        self._before, self._start = counters(), time.perf_counter()
+    def tick(self, step: int) -> None:
+        if step == WARM_UP:
+            self.counts, self.seconds = counters(), time.perf_counter()
+        if step == WARM_UP + self.steps:
+            now = counters()
+            self.seconds = time.perf_counter() - self.seconds
+            self.counts = {name: now[name] - before for name, before in self.counts.items()}
 
 
-def hand_written(width: int, steps: int) -> tuple[Callable[[], None], list[float], dict[str, int]]:
-    """Return a block of steps as a user of torch_xla writes them, with the lists it adds to."""
+def module_of(base: type[Any], width: int, clock: Clock) -> Any:
+    """Return the module that both xtrain and Lightning train."""
+
+    class Gan(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.G, self.D = networks(width)
+
+        def configure_optimizers(self) -> Any:
+            return make_optimizers(self.G, self.D)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            clock.tick(batch_idx)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            d_opt, g_opt = self.optimizers()
+            x, z = batch
+            fake = self.G(z)
+            d_loss = softplus(self.D(fake.detach())).mean() + softplus(-self.D(x)).mean()
+            d_opt.zero_grad()
+            self.manual_backward(d_loss)
+            self.clip_gradients(d_opt, gradient_clip_val=CLIP, gradient_clip_algorithm="norm")
+            d_opt.step()
+            g_loss = softplus(-self.D(fake)).mean()
+            g_opt.zero_grad()
+            self.manual_backward(g_loss)
+            self.clip_gradients(g_opt, gradient_clip_val=CLIP, gradient_clip_algorithm="norm")
+            g_opt.step()
+            self.log_dict({"d": d_loss, "g": g_loss})
+
+    return Gan()
+
+
+def by_hand(width: int, data: DataLoader[Batch], clock: Clock) -> None:
+    """Train as a user of torch_xla writes it, without logging."""
     import torch_xla
 
     device = torch_xla.device()
     generator, discriminator = (net.to(device) for net in networks(width))
-    d_opt = torch.optim.Adam(discriminator.parameters(), lr=0.002)
-    g_opt = torch.optim.Adam(generator.parameters(), lr=0.001)
-    data, times, counts = batches(steps), [], {}
+    d_opt, g_opt = make_optimizers(generator, discriminator)
+    for step, (x, z) in enumerate(data):
+        clock.tick(step)
+        x, z = x.to(device), z.to(device)
+        fake = generator(z)
+        d_loss = softplus(discriminator(fake.detach())).mean() + softplus(-discriminator(x)).mean()
+        d_opt.zero_grad()
+        d_loss.backward()
+        nn.utils.clip_grad_norm_(discriminator.parameters(), CLIP)
+        d_opt.step()
+        g_loss = softplus(-discriminator(fake)).mean()
+        g_opt.zero_grad()
+        g_loss.backward()
+        nn.utils.clip_grad_norm_(generator.parameters(), CLIP)
+        g_opt.step()
+        torch_xla.sync()
 
-    def block() -> None:
-        before, start = counters(), time.perf_counter()
-        for x, z in data:
-            x, z = x.to(device), z.to(device)
-            fake = generator(z)
-            d_loss = softplus(discriminator(fake.detach())).mean() + softplus(-discriminator(x)).mean()
-            d_opt.zero_grad()
-            d_loss.backward()
-            nn.utils.clip_grad_norm_(discriminator.parameters(), 0.5)
-            d_opt.step()
-            g_loss = softplus(-discriminator(fake)).mean()
-            g_opt.zero_grad()
-            g_loss.backward()
-            nn.utils.clip_grad_norm_(generator.parameters(), 0.5)
-            g_opt.step()
-            torch_xla.sync()
-        after = counters()
-        times.append((time.perf_counter() - start) / steps)
-        counts.update({name: after[name] - before[name] for name in after})
 
-    return block, times, counts
+def with_xtrain(width: int, data: DataLoader[Batch], clock: Clock) -> None:
+    """Train with xtrain; nothing is read at log points, as in the other loops."""
+    trainer = xtrain.Trainer("tpu", max_epochs=1, enable_progress_bar=False, log_every_n_steps=10**6)
+    trainer.fit(module_of(xtrain.LightningModule, width, clock), data)
+
+
+def with_lightning(width: int, data: DataLoader[Batch], clock: Clock) -> None:
+    """Train with Lightning, everything switched off that would read from the device."""
+    import lightning.pytorch as pl
+    from lightning.fabric.accelerators import XLAAccelerator as FabricXLA
+    from lightning.pytorch.accelerators import XLAAccelerator
+
+    for accelerator in (FabricXLA, XLAAccelerator):
+        accelerator.auto_device_count = staticmethod(lambda: 1)
+        accelerator.is_available = staticmethod(lambda: True)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="tpu", devices=1, max_epochs=1, log_every_n_steps=10**6, **off)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would like more loader workers
+        trainer.fit(module_of(pl.LightningModule, width, clock), data)
+
+
+@dataclass
+class Contender:
+    """One way to train the GAN, and what was measured.
+
+    Attributes:
+        label: as printed.
+        package: what has to be installed for it.
+        train: trains, and tells the clock.
+        times: seconds per step, one entry per round.
+        counts: what XLA counted in the last round, per step.
+    """
+
+    label: str
+    package: str
+    train: Callable[[int, DataLoader[Batch], Clock], None]
+    times: list[float] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def run(self, width: int, steps: int) -> None:
+        clock = Clock(steps)
+        self.train(width, batches(WARM_UP + steps + 1), clock)
+        self.times.append(clock.seconds / steps)
+        self.counts = {name: count / steps for name, count in clock.counts.items()}
+
+
+def table(contenders: list[Contender]) -> str:
+    """Return what was measured, in Markdown; the first contender is 1."""
+    names = list(contenders[0].counts)
+    lines = ["| | " + " | ".join(["ms per step", "ratio", *names]) + " |", "|---" * (len(names) + 3) + "|"]
+    first = statistics.median(contenders[0].times)
+    for contender in contenders:
+        if not contender.times:
+            lines.append(f"| {contender.label} | not installed |" + " |" * (len(names) + 1))
+            continue
+        median = statistics.median(contender.times)
+        cells = [f"{1e3 * median:.2f}", f"{median / first:.3f}", *(f"{contender.counts[name]:g}" for name in names)]
+        lines.append(f"| {contender.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -133,19 +204,20 @@ def main() -> None:
     options = parser.parse_args()
     import torch_xla
 
-    torch_xla.device()
-    block, by_hand, hand_counts = hand_written(options.width, options.steps)
-    clock = Clock(options.steps, options.rounds, block)
-    total = options.steps * (options.rounds + 2) + 1
-    trainer = Trainer("tpu", max_epochs=1, callbacks=clock, enable_progress_bar=False, log_every_n_steps=10**6)
-    trainer.fit(Gan(options.width), batches(total))
-    ours, theirs = statistics.median(clock.times), statistics.median(by_hand[1:])
-    per_step = {
-        name: {key: value / options.steps for key, value in found.items()}
-        for name, found in (("xtrain", clock.counts), ("hand-written", hand_counts))
-    }
-    times = {"xtrain": round(1e3 * ours, 3), "hand-written": round(1e3 * theirs, 3)}
-    print(json.dumps({"ms per step": times, "ratio": round(ours / theirs, 3), "per step": per_step}, indent=2))
+    torch_xla.device()  # before the first backward
+    contenders = [
+        Contender("hand-written", "torch_xla", by_hand),
+        Contender("hand-written, again", "torch_xla", by_hand),  # how far from 1 its ratio is, is noise
+        Contender("xtrain", "xtrain", with_xtrain),
+        Contender("Lightning", "lightning", with_lightning),
+    ]
+    installed = [contender for contender in contenders if find_spec(contender.package)]
+    for number in range(options.rounds + 1):
+        for contender in installed:
+            contender.run(options.width, options.steps)
+            if number == 0:  # it compiled
+                contender.times.clear()
+    print(table(contenders))
 
 
 if __name__ == "__main__":

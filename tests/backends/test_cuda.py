@@ -9,7 +9,7 @@ import torch
 from xtrain_backends._eager import EagerBackend
 from xtrain_backends.cuda import CUDA
 
-from xtrain import register_backend
+from xtrain import ConfigurationError, register_backend
 from xtrain.testing import BackendConformance
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -31,6 +31,15 @@ class TestCudaLogic(BackendConformance):
 @pytest.mark.cuda
 class TestCuda(BackendConformance):
     backend, precisions, oracle_device = "cuda", PRECISIONS, "cuda"
+
+
+def test_more_processes_than_gpus_are_refused():
+    backend, count = CUDA(), torch.cuda.device_count()
+    backend.devices = count + 1
+    with pytest.raises(
+        ConfigurationError, match=f"at most {count} processes, one per visible GPU. Received: {count + 1}"
+    ):
+        backend.launch()
 
 
 def test_without_a_gpu_it_says_what_to_do():

@@ -1,9 +1,11 @@
 """A script that trains on several processes and tells what came of it: started by the tests of launching."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,20 +51,27 @@ harms = {
 }
 
 
+def read_option(text):
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
 def fit(options):
     trainer = Trainer(
         options.backend,
         devices=options.devices,
         max_epochs=1,
         enable_progress_bar=False,
-        backend_options={"timeout": options.timeout} if options.timeout else None,
+        backend_options=dict(options.option) or None,
     )
     module = Trained(options.harm, options.rank)
     trainer.fit(module, _Shares(trainer))
     if options.out:
         path = options.out / f"rank-{trainer.global_rank}.pt"
-        torch.save({"world": trainer.world_size, "pid": os.getpid(), **module.state_dict()}, path)
-    print(f"rank {trainer.global_rank} of {trainer.world_size} is done", flush=True)
+        parameters = {name: value.cpu() for name, value in module.state_dict().items()}
+        torch.save({"world": trainer.world_size, **parameters}, path)
+    heavy = [name for name in ("torch_xla", "deepspeed", "accelerate") if name in sys.modules]
+    print(f"rank {trainer.global_rank} of {trainer.world_size} is done with {heavy}", flush=True)
 
 
 class _Shares:
@@ -78,13 +87,20 @@ class _Shares:
         return iter(batches(4, self.trainer.world_size, self.trainer.global_rank))
 
 
+def tell_who_watches() -> None:
+    """A thread that is inside torch when the interpreter ends aborts the process, now and then."""
+    if any(thread.name == "xtrain-ranks" for thread in threading.enumerate()):
+        print("the other ranks are still watched", flush=True)
+
+
 def main() -> None:
+    atexit.register(tell_who_watches)  # the first to register is the last to be called
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--devices", type=int)
     parser.add_argument("--harm", default="none", choices=harms)
     parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--timeout", type=float)
+    parser.add_argument("--option", type=read_option, action="append", default=[], help="of the backend: timeout=3")
     parser.add_argument("--again", type=int, help="fit a second time on so many devices")
     parser.add_argument("--caught", action="store_true", help="go on after an error, and fit again")
     parser.add_argument("--out", type=Path)

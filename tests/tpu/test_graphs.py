@@ -89,6 +89,61 @@ def test_a_training_step_is_one_execution_and_reads_nothing_between_log_points()
     assert run["lr"] == 0.01 * 0.99**STEPS
 
 
+class Evaluated(Gan):
+    """Counts what each batch of an evaluation costs, between the starts of two of them."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.count = Count()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", self.D(batch[0]).mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.G(batch[1]).sum()
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.count.on_train_batch_start(None, None, batch, batch_idx)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.count.on_train_batch_start(None, None, batch, batch_idx)
+
+
+def evaluation() -> dict[str, Any]:
+    found = {}
+    for verb in ("validate", "predict"):
+        module = Evaluated()
+        result = getattr(Trainer("tpu", enable_progress_bar=False), verb)(module, Loader())
+        found[verb] = module.count.rows
+        found[f"{verb} result"] = result[0]["score"] if verb == "validate" else [float(row.cpu()) for row in result]
+    with torch.no_grad():
+        module = Evaluated()
+        found["score"] = sum(module.D(x).mean().item() for x, _ in data(9)) / 9
+        found["sums"] = [module.G(z).sum().item() for _, z in data(9)]
+    return found
+
+
+class Loader:
+    """Batches to evaluate; a list would mean several loaders."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Any:
+        return iter(data(9))
+
+
+def test_an_evaluation_step_is_one_execution_too():
+    found = fresh(evaluation)
+    for verb in ("validate", "predict"):
+        rows = found[verb]
+        assert [row["executions"] for row in rows] == [1] * 8, verb
+        assert [row["from_device"] for row in rows] == [0] * 8, verb
+        assert sum(row["compiles"] for row in rows[2:]) == 0, verb
+    assert abs(found["validate result"] - found["score"]) < 1e-6
+    assert max(abs(a - b) for a, b in zip(found["predict result"], found["sums"], strict=True)) < 1e-5
+
+
 # ---------------------------------------------------------------- nothing is compiled late
 
 
@@ -108,23 +163,20 @@ def awkward(step: int, index: int) -> float:
     return factor if index == 0 or step in (20, 21) else 0.5
 
 
-class Jump:
-    """Makes the step counters of both optimizers thousands of steps older, in place."""
-
-    def __init__(self) -> None:
-        self.at = 6
-
-    def __call__(self, optimizers: Any) -> None:
-        for offset, opt in enumerate(optimizers):
-            for state in opt.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"].add_(16612 + 5 * offset)
+def jump(optimizers: Any) -> None:
+    """Make the step counters of both optimizers thousands of steps older, by loading a checkpoint."""
+    for offset, opt in enumerate(optimizers):
+        saved = opt.optimizer.state_dict()
+        for state in saved["state"].values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].cpu() + 16612 + 5 * offset
+        opt.optimizer.load_state_dict(saved)
 
 
 class JumpingGan(Gan):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 6:
-            Jump()(self.trainer.optimizers)
+            jump(self.trainer.optimizers)
 
 
 def late_run(names: list[str]) -> dict[str, Any]:
@@ -143,8 +195,10 @@ def late_run(names: list[str]) -> dict[str, Any]:
 
 def test_counters_and_learning_rates_never_change_the_graph():
     for name, run in fresh(late_run, list(OPTIMIZERS)).items():
-        assert [i for i, n in enumerate(run["compiles"]) if n and i > 1] in ([], [6]), f"{name}: {run['compiles']}"
+        late = [i for i, n in enumerate(run["compiles"]) if n and i > 1]
+        assert late in ([], [6]), f"{name}: {late}; new buffers cost one graph, numbers none"
         assert run["executions"][7:] == [1] * (STEPS - 7), f"{name}: {run['executions']}"
         assert run["items"] == [0] * STEPS, name
-        # RAdam subtracts two numbers near 2000 that the device has in fp32 only; 2.9e-3 was measured.
-        assert run["error"] < (6e-3 if name == "RAdam" else 1e-3), f"{name}: {run['error']}"
+        # 5.5e-5 was measured after the jump, where powers of beta are rounded; RAdam, which subtracts two numbers
+        # near 2000 that the device has in fp32 only, was 2.9e-3 off.
+        assert run["error"] < (4e-3 if name == "RAdam" else 1e-4), f"{name}: {run['error']}"

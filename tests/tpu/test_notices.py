@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from xtrain_backends._xla_guard import RecompileError
 
 from xtrain import LightningModule, Trainer, errors
+from xtrain.testing.modules import AccumulateApart
+from xtrain.testing.networks import batches
 
 torch_xla.device()  # before the first backward of this process
 
@@ -120,6 +122,13 @@ def test_a_number_that_becomes_zero_is_reported(caplog):
     assert "a number in the step became 0, 1" in notice
 
 
+def test_accumulating_over_several_batches_is_not_reported(caplog):
+    """Two optimizers that step every second and every third batch make gradients, or add to them, in six ways."""
+    trainer = Trainer("tpu", max_epochs=3, enable_progress_bar=False, backend_options={"strict": True})
+    trainer.fit(AccumulateApart(), batches(6))
+    assert caplog.records == []
+
+
 def test_strict_raises_and_names_the_line():
     with pytest.raises(RecompileError) as caught:
         fit(Net(factor=half_then_zero), [rows(5)] * 9, strict=True)  # a shape that this process has not compiled yet
@@ -165,9 +174,27 @@ def test_the_last_batch_can_be_filled_up_and_masked():
     torch.testing.assert_close(module.net.weight.detach().cpu(), plain.net.weight.detach())
 
 
+def test_tuples_and_lists_get_the_mask_as_one_more_item():
+    class Pairs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            x, *mask = batch
+            super().training_step({"x": x, **({"mask": mask[0]} if mask else {})}, batch_idx)
+
+    for make in (tuple, list):
+        module, plain = Pairs(), Pairs()
+        loader = [make([x]) for x in rows(19).split(4)]
+        count = fit(module, loader, epochs=2, last_batch="pad")
+        fit(plain, loader, epochs=2, backend="cpu")
+        assert sum(count["compiles"]) <= 2
+        torch.testing.assert_close(module.net.weight.detach().cpu(), plain.net.weight.detach())
+
+
 def test_padding_needs_a_place_for_the_mask():
-    with pytest.raises(errors.ConfigurationError, match="Expected dict batches"):
-        fit(Net(), list(rows(19).split(4)), last_batch="pad")
+    for loader, received in ((list(rows(19).split(4)), "a Tensor"), ([{"x": rows(2), "mask": 1}], "a key 'mask'")):
+        with pytest.raises(errors.ConfigurationError, match="dicts, tuples or lists") as caught:
+            fit(Net(), loader, last_batch="pad")
+        assert received in str(caught.value)
+        assert "or (x, y), or last_batch='drop'" in str(caught.value)
 
 
 def test_what_becomes_of_the_last_batch_is_one_of_three():

@@ -15,7 +15,7 @@ import torch
 from fresh import fresh
 from torch import nn
 
-from xtrain import LightningModule, Trainer, errors
+from xtrain import LightningModule, Trainer, errors, rank_zero_only
 
 WORLD = 2
 REPLICAS = {"CPU_NUM_DEVICES": str(WORLD), "PJRT_CPU_ASYNC_CLIENT": "0", "XLA_THREAD_POOL_SIZE": "8"}
@@ -39,7 +39,8 @@ class Net(LightningModule):
         self.kind = kind
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.5) for net in (self.a, self.b)]
+        sgd = torch.optim.SGD(self.a.parameters(), lr=0.2, momentum=0.5)
+        return sgd, torch.optim.Adam(self.b.parameters(), lr=0.05, eps=1e-3)
 
     def loss(self, net: nn.Module, x: Any) -> Any:
         return (net(x).tanh() - x[:, :4]).pow(2).mean()
@@ -147,7 +148,68 @@ def test_replicas_train_as_one_process_on_the_full_batch():
         assert [first["place"], second["place"]] == [[0, 2, "xla:0"], [1, 2, "xla:1"]]
 
 
-# ---------------------------------------------------------------- that the test above can fail
+# ---------------------------------------------------------------- loaders of unknown, unequal length
+
+
+def unequal(rank: int, uneven: str) -> list[float]:
+    module = Net("plain")
+    batches = (share(batch, rank) for batch in data()[: 5 - 2 * rank])  # five here, three there
+    quiet = {"max_epochs": 1, "enable_progress_bar": False}
+    Trainer("tpu", uneven_batches=uneven, **quiet).fit(module, batches)
+    return [module.trainer.global_step, *flat(module)]
+
+
+def both_ways() -> dict[str, Any]:
+    ways = ("drop", "finish")
+    found = in_replicas(lambda rank: {way: unequal(rank, way) for way in ways})
+    full, last = data(), share(data()[2], 1).view(2, 1, -1, 6)
+    repeated = [torch.cat([share(x, 0).view(2, 1, -1, 6), last], dim=1).reshape(-1, 6) for x in full[3:5]]
+    plain = {}
+    for way, batches in (("drop", list(full[:3])), ("finish", [*full[:3], *repeated])):
+        module = Net("plain")
+        Trainer("cpu", max_epochs=1, enable_progress_bar=False).fit(module, batches)
+        plain[way] = [module.trainer.global_step, *flat(module)]
+    return {"replicas": found, "plain": plain}
+
+
+def test_replicas_agree_on_the_end_of_loaders_of_unknown_length():
+    found = fresh(both_ways, **REPLICAS)
+    for way, steps in (("drop", 3), ("finish", 5)):
+        first, second = (found["replicas"][str(rank)][way] for rank in range(WORLD))
+        assert first == second, way
+        assert first[0] == found["plain"][way][0] == steps
+        assert error(first, found["plain"][way]) < 1e-6, way
+
+
+# ---------------------------------------------------------------- who is the first
+
+
+def who_is_first() -> dict[str, Any]:
+    written = rank_zero_only(lambda: "written")
+
+    def look(rank: int) -> list[Any]:
+        seen: list[Any] = [written()]  # before any Trainer is there
+
+        class Looks(Net):
+            def on_train_start(self) -> None:
+                seen.append([written(), self.trainer.is_global_zero, self.trainer.global_rank])
+
+        trainer = Trainer("tpu", max_epochs=1, enable_progress_bar=False)
+        seen.append([trainer.is_global_zero, trainer.global_rank])
+        trainer.fit(Looks("plain"), [share(batch, rank) for batch in data()])
+        return [*seen, written()]
+
+    return {"before": written(), **in_replicas(look)}
+
+
+def test_one_replica_is_the_first_before_during_and_after_a_run():
+    found = fresh(who_is_first, **REPLICAS)
+    assert found["before"] == "written"
+    assert found["0"] == ["written", [True, 0], ["written", True, 0], "written"]
+    assert found["1"] == [None, [False, 1], [None, False, 1], None]
+
+
+# ---------------------------------------------------------------- that the first test can fail
 
 
 def by_hand(rank: int, how: str) -> list[float]:
@@ -202,10 +264,13 @@ import json, sys
 sys.path[:0] = {path!r}
 import torch_xla.runtime as xr
 from test_replicas import flat, train
+from xtrain import rank_zero_only
 
 def main():
+    first = rank_zero_only(lambda: True)() is True
     module, trainer = train("plain", xr.global_ordinal())
-    print("RESULT " + json.dumps([trainer.global_rank, trainer.world_size, flat(module)]) + "\\n", end="", flush=True)
+    result = [trainer.global_rank, trainer.world_size, first, flat(module)]
+    print("RESULT " + json.dumps(result) + "\\n", end="", flush=True)
 """
 
 
@@ -218,8 +283,8 @@ def test_accelerate_launch_starts_replicas(tmp_path):
         command, env={**os.environ, **REPLICAS}, cwd=tmp_path, capture_output=True, text=True, timeout=250
     )
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert sorted(result[:2] for result in results) == [[0, 2], [1, 2]], done.stderr[-3000:]
-    assert results[0][2] == results[1][2]
+    assert sorted(result[:3] for result in results) == [[0, 2, True], [1, 2, False]], done.stderr[-3000:]
+    assert results[0][3] == results[1][3]
 
 
 def without_settings() -> str:

@@ -5,10 +5,10 @@ from functools import partial
 
 import jobs
 import pytest
+import rank_jobs
 import torch
 from fresh import fresh
 from hypothesis import given, settings
-from ranks import Ranks
 
 from xtrain import ConfigurationError, ProtocolError, Trainer, UnsupportedCombinationError
 from xtrain.testing import BackendConformance
@@ -16,7 +16,8 @@ from xtrain.testing.experiments import EXPERIMENTS, expect, outcome_of, perform
 from xtrain.testing.modules import Closure, Gan
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
-from xtrain.testing.probes import unordered_schedulers
+from xtrain.testing.probes import communicate, heard_by, unordered_schedulers
+from xtrain.testing.ranks import Ranks
 from xtrain.testing.sequences import plans, run_plainly
 
 BY_NAME = {e.name: e for e in EXPERIMENTS}
@@ -119,6 +120,29 @@ def test_gradient_penalty_on_a_partitioned_network(pair):
 def test_a_parameter_that_only_one_rank_reaches(pair, stage):
     for parameters in pair.run(partial(jobs.sometimes, {"stage": stage})):
         torch.testing.assert_close(parameters, jobs.sometimes_by_hand(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("what", "first_difference"),
+    [
+        ("shape", r"'parameter G.last.weight: shape \(4, 6\).*' on rank 0, but '.*shape \(5, 6\).*' on rank 1"),
+        ("class", "'optimizer 1: Adam' on rank 0, but 'optimizer 1: SGD' on rank 1"),
+    ],
+)
+def test_ranks_that_train_different_things_are_refused(pair, what, first_difference):
+    with pytest.raises(ConfigurationError, match=first_difference):
+        pair.run(partial(rank_jobs.odd, what, {"stage": 2}, backend="deepspeed"))
+
+
+def test_each_rank_draws_its_own_noise_in_a_run(pair):
+    (first, after), (second, other) = pair.run(partial(rank_jobs.drawn, backend="deepspeed"))
+    assert len({number for runs in (first, second) for number, _ in runs}) == 4
+    assert after == other
+
+
+def test_collectives_for_users(pair):
+    heard = pair.run(partial(communicate, "deepspeed", "32-true", {"stage": 2}))
+    assert heard == [heard_by(rank, 2) for rank in range(2)]
 
 
 @by_stage

@@ -119,16 +119,58 @@ class SeesBatch(Gan):
 
 
 class Communicates(Gan):
-    """Calls every collective and trains nothing."""
+    """Uses everything that ranks can say to each other, and trains nothing."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        collectives = self.trainer.backend.collectives
-        tensor = torch.tensor([1.0, 2.0], device=self.device)
-        mean, gathered = collectives.all_reduce(tensor, "mean"), self.all_gather({"t": tensor})["t"]
-        collectives.barrier()
+        trainer, rank = self.trainer, self.global_rank
+        # The rank's number comes in as data: ranks whose graphs differ would not meet on a compiling device.
+        pair = torch.tensor([1.0 + rank, 2.0 + rank], device=self.device)
+        weight = torch.tensor([2.0 + rank], device=self.device, requires_grad=True)
+        plain = self.all_gather({"pair": pair, "nested": [(weight, "word")]})
+        gathered = self.all_gather({"weight": weight}, sync_grads=True)["weight"]
+        (gathered.square().sum() * weight.detach()).sum().backward()
+        trainer.barrier()
+        self.log("mean", float(rank), sync_dist=True, on_step=False, on_epoch=True)
+        self.log("highest", float(rank), sync_dist=True, reduce_fx="max", on_step=False, on_epoch=True)
+        self.log("own", float(rank), on_step=False, on_epoch=True)
         self.facts = {
-            "mean": mean.tolist(),
-            "gathered": list(gathered.shape),
-            "broadcast": collectives.broadcast("word"),
-            "kept": tensor.tolist(),
+            "pairs": plain["pair"].tolist(),
+            "nested": (plain["nested"][0][0].tolist(), plain["nested"][0][1]),
+            "has a graph": (plain["nested"][0][0].requires_grad, gathered.requires_grad),
+            "gradient": None if weight.grad is None else weight.grad.tolist(),
+            "mean of pairs": trainer.backend.collectives.all_reduce(pair).tolist(),
+            "own pair": pair.tolist(),
+            "object": trainer.broadcast({"rank": rank}, source=trainer.world_size - 1),
+            "tensor": trainer.broadcast(pair).tolist(),
+            "zero": trainer.is_global_zero,
         }
+
+
+def communicate(
+    backend: str, precision: str, options: Mapping[str, Any], world_size: int = 1, rank: int = 0
+) -> dict[str, Any]:
+    """Return what this rank heard."""
+    module = Communicates()
+    trainer = make_trainer(backend, precision, options, max_epochs=1)
+    trainer.fit(module, batches(1, world_size, rank))
+    return module.facts | {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def heard_by(rank: int, world_size: int) -> dict[str, Any]:
+    """Return what `communicate` has to return on `rank`."""
+    pairs = [[1.0 + r, 2.0 + r] for r in range(world_size)]
+    mean = (world_size - 1) / 2
+    return {
+        "pairs": pairs,
+        "nested": ([[2.0 + r] for r in range(world_size)], "word"),
+        "has a graph": (False, True),
+        "gradient": [2 * (2.0 + rank) * sum(range(2, world_size + 2))],
+        "mean of pairs": [1.0 + mean, 2.0 + mean],
+        "own pair": pairs[rank],
+        "object": {"rank": world_size - 1},
+        "tensor": pairs[0],
+        "zero": rank == 0,
+        "mean": mean,
+        "highest": world_size - 1.0,
+        "own": float(rank),
+    }

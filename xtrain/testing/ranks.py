@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 WAIT = 120.0
-"""Seconds after which a job that has not answered is taken for dead."""
 
 
 class Ranks:
@@ -35,8 +35,12 @@ class Ranks:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, job: Callable[..., Any]) -> list[Any]:
+    def run(self, job: Callable[..., Any], wait: float = WAIT) -> list[Any]:
         """Return what ``job(world_size=..., rank=...)`` returned on every rank, or raise what it raised.
+
+        Args:
+            job: can be pickled, as well as what it returns.
+            wait: seconds after which a rank that has not answered is taken for dead.
 
         Raises:
             TimeoutError: if a rank does not answer; the processes are ended then.
@@ -45,9 +49,9 @@ class Ranks:
             pipe.send(job)
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(WAIT):
+            if not pipe.poll(wait):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not answer within {WAIT:.0f} s")
+                raise TimeoutError(f"rank {rank} did not answer within {wait:.0f} s")
             answers.append(pipe.recv())
         for _, _, warned in answers[:1]:
             for category, text in warned:
@@ -72,6 +76,7 @@ def _serve(pipe: Any, rank: int, count: int, port: int, prepare: Callable[[], No
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
+        gc.freeze()  # what was imported is not looked through again by every collection
     while True:
         job = pipe.recv()
         with warnings.catch_warnings(record=True) as caught:

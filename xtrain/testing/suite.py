@@ -39,18 +39,19 @@ from xtrain.testing.modules_more import Evaluated
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
 from xtrain.testing.probes import (
-    Communicates,
     Interrupted,
     SavesState,
     SeesBatch,
+    communicate,
     fit_plan,
+    heard_by,
     perform_plan,
     record,
     unordered_schedulers,
 )
 from xtrain.testing.sequences import Plan, SequenceModule, plans, run_plainly
 
-Job = Callable[..., Outcome]
+Job = Callable[..., Any]
 
 TOLERANCES: Mapping[str, float] = {
     "32-true": 1e-6,
@@ -86,8 +87,8 @@ class BackendConformance:
     direct_calls: ClassVar[bool] = True
     sequence_examples: ClassVar[int] = 60
 
-    def launch(self, job: Job) -> list[Outcome]:
-        """Run ``job(world_size=..., rank=...)`` on every rank and return the outcomes in order of rank.
+    def launch(self, job: Job) -> list[Any]:
+        """Run ``job(world_size=..., rank=...)`` on every rank and return what it returned, in order of rank.
 
         Override it for several processes; `job` can be pickled.
         """
@@ -301,16 +302,9 @@ class BackendConformance:
         assert moved["x"][1][0].cpu().tolist() == [0, 1]
 
     def test_collectives(self) -> None:
-        """Reductions leave their argument alone; gathering adds a leading dimension of the world's size."""
-        module = Communicates()
-        trainer = make_trainer(self.backend, self.precisions[0], self.options, max_epochs=1)
-        trainer.fit(module, batches(1))
-        assert module.facts == {
-            "mean": [1.0, 2.0],
-            "gathered": [trainer.world_size, 2],
-            "broadcast": "word",
-            "kept": [1.0, 2.0],
-        }
+        """What the ranks say to each other arrives, whole and with its gradients; what is not sent stays as it was."""
+        heard = self.launch(partial(communicate, self.backend, self.precisions[0], self.options))
+        assert heard == [heard_by(rank, len(heard)) for rank in range(len(heard))]
 
 
 def _close(received: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
