@@ -64,6 +64,8 @@ def test_the_wrapper_answers_for_the_optimizer_it_wraps():
     assert wrapped.defaults == wrapped.optimizer.defaults
     with pytest.raises(AttributeError, match="nonsense"):
         _ = wrapped.nonsense
+    with pytest.raises(AttributeError, match="param_groups"):
+        wrapped.param_groups = [{"params": [], "lr": 0.3}]
 
 
 def test_arguments_of_backward_are_passed_on():

@@ -165,6 +165,9 @@ class LightningOptimizer:
         position = next((i for i, o in enumerate(self._life.optimizers) if o is self), "?")
         return f"optimizer {position} ({type(self.optimizer).__name__})"
 
+    # Without a setter, which would change the wrapper alone.
+    param_groups = property(lambda self: self.optimizer.param_groups, doc="The raw groups, to be changed in place.")
+
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters of all groups, in order."""
