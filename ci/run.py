@@ -1,7 +1,7 @@
 """Run the project's checks, each in the virtual environment it needs, with nothing but Python installed.
 
     python ci/run.py                    everything
-    python ci/run.py --leg lint         one leg; may be repeated
+    python ci/run.py --leg lint         one leg, or all of a backend (--leg tpu); may be repeated
     python ci/run.py --list [--json]    the names of the legs
 
 Environments are made in ``.venvs/`` (or ``$XTRAIN_VENVS``) on first use and renewed when the project's
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -47,17 +48,29 @@ def main() -> int:
     if options.list:
         print(json.dumps(list(LEGS)) if options.json else "\n".join(LEGS))
         return 0
-    results = [_timed(name) for name in options.leg or LEGS]
+    results = [_timed(name) for name in itertools.chain.from_iterable(options.leg or [LEGS])]
     print(_summary(results))
     return int(any(result.problem for result in results))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the project's checks.")
-    parser.add_argument("--leg", action="append", choices=LEGS, help="run this leg only; may be repeated")
+    parser.add_argument("--leg", action="append", type=_named, help="run this leg, or this backend's; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the names of the legs and stop")
     parser.add_argument("--json", action="store_true", help="print them as JSON")
     return parser.parse_args()
+
+
+def _named(text: str) -> list[str]:
+    """Return the leg `text`, or the legs whose first part it is.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is none.
+    """
+    found = [name for name in LEGS if name == text or name.startswith(f"{text}-")]
+    if not found:
+        raise argparse.ArgumentTypeError(f"no leg {text!r}; the legs are {', '.join(LEGS)}")
+    return [text] if text in found else found
 
 
 def _timed(name: str) -> Result:

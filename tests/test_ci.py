@@ -1,5 +1,6 @@
 """The runner: which outcome makes a leg fail, and that no test file is left out of the legs."""
 
+import argparse
 import json
 import os
 import re
@@ -84,6 +85,21 @@ def test_extras_of_the_environments_are_in_the_metadata():
 def test_list_feeds_a_matrix():
     run = subprocess.run([sys.executable, "ci/run.py", "--list", "--json"], cwd=ROOT, capture_output=True, check=True)
     assert json.loads(run.stdout) == list(LEGS)
+
+
+@pytest.mark.parametrize("text", ["lint", "tpu", "cpu", "core", "bf16-true", "tp"])
+def test_a_leg_or_the_legs_of_a_backend_are_run(text):
+    import run
+
+    if text in ("bf16-true", "tp"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"no leg '{text}'; the legs are lint, core, "):
+            run._named(text)
+    elif text in LEGS:
+        assert run._named(text) == [text]
+    else:
+        backend = [name for row in CONFORMANCE if row.backend == text for name in row.legs()]
+        assert set(backend) <= set(run._named(text))
+        assert all(name.startswith(f"{text}-") for name in run._named(text))
 
 
 @pytest.fixture
