@@ -36,6 +36,11 @@ def test_spelling(backend, accelerator, strategy, expected):
     assert read_backend(backend, accelerator, strategy) == expected
 
 
+def test_options_go_together_with_those_of_a_strategy():
+    given = {"stage": 3, "overlap_comm": True}
+    assert read_backend(None, None, "deepspeed_stage_3", given) == ("deepspeed", given)
+
+
 def test_default_backend_of_a_trainer():
     assert Trainer().backend.name == "cpu"
     assert Trainer(accelerator="cpu", devices=1, strategy="auto").backend.name == "cpu"
@@ -53,6 +58,10 @@ def test_instance_agrees_with_its_own_name():
         ({"backend": "cpu", "strategy": "xla"}, ("strategy='xla'", "backend='cpu'", "Trainer(backend='tpu')")),
         ({"backend": make_backend("cpu", None), "accelerator": "tpu"}, ("accelerator='tpu'", "backend='cpu'")),
         ({"accelerator": "mps"}, ("accelerator out of", "'cuda'", "'mps'")),
+        (
+            {"strategy": "deepspeed_stage_3", "backend_options": {"stage": 1}},
+            ("strategy='deepspeed_stage_3'", "agree on stage (3)", "stage=1", "backend='deepspeed' in place of"),
+        ),
         ({"strategy": "fsdp"}, ("strategy out of", "'deepspeed_stage_2'", "'fsdp'")),
     ],
 )

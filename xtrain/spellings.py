@@ -29,7 +29,7 @@ def read_backend(
     strategy: str | None,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[str | Backend, dict[str, Any]]:
-    """Return the backend that three spellings agree on, and its options: those given over those implied.
+    """Return the backend that three spellings agree on, and its options: those given and those implied.
 
     Raises:
         ConfigurationError: for an unknown spelling, or two that disagree.
@@ -44,6 +44,7 @@ def read_backend(
     if implied is not None:
         # A strategy is more specific than the accelerator it runs on.
         named = {f"strategy={strategy!r}": implied}
+    options = _agreed_options(strategy, options, given or {})
     if backend is not None:
         name = backend if isinstance(backend, str) else backend.name
         places = registered_backends()  # aliases have the same place
@@ -52,8 +53,17 @@ def read_backend(
                 raise ConfigurationError(
                     explain(f"backend and {spelling} to agree", f"backend={name!r}", f"Trainer(backend={other!r})")
                 )
-        return backend, {**options, **(given or {})}
-    return next(iter(named.values()), default), {**options, **(given or {})}
+        return backend, options
+    return next(iter(named.values()), default), options
+
+
+def _agreed_options(strategy: Any, implied: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    for option, value in implied.items():
+        if given.get(option, value) != value:
+            expected = f"strategy={strategy!r} and backend_options to agree on {option} ({value!r})"
+            fix = f"backend={STRATEGIES[strategy][0]!r} in place of strategy={strategy!r}"
+            raise ConfigurationError(explain(expected, f"{option}={given[option]!r}", fix))
+    return {**implied, **given}
 
 
 def _look_up(flag: str, value: Any, table: dict[str, Any]) -> Any:
