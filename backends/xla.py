@@ -121,10 +121,11 @@ class XLA(Backend):
         self._syncs = watch.HostSyncs(self._tell)
         watch.install()
         # The device has a generator of its own. A copy of torch's gives the seed, so torch.manual_seed
-        # decides both, and the numbers that shuffle the data stay those of the other backends.
+        # decides both, and the numbers that shuffle the data stay those of the other backends. Replicas
+        # make noise of their own for their own rows.
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
-        runtime.seed(int(torch.randint(2**31, (), generator=generator)))
+        runtime.seed(int(torch.randint(2**31, (), generator=generator)) + self.collectives.rank)
 
     def _wanted_mesh(self) -> dict[str, int] | None:
         replicas = Runtime.replicas()

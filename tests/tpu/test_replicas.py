@@ -209,6 +209,37 @@ def test_one_replica_is_the_first_before_during_and_after_a_run():
     assert found["1"] == [None, [False, 1], [None, False, 1], None]
 
 
+# ---------------------------------------------------------------- noise of their own
+
+
+class Noisy(Net):
+    """Keeps the noise of its steps, in which the networks train on it."""
+
+    def training_step(self, x: Any, batch_idx: int) -> None:
+        noise = torch.randn(8, 6, device=self.device)
+        self.noise = self.all_gather(noise).detach()
+        super().training_step(x + noise, batch_idx)
+
+
+def noise_of_all() -> Any:
+    def draw(rank: int) -> Any:
+        with _building:
+            torch.manual_seed(3)
+        module = Noisy("plain")
+        train("plain", rank, module)
+        return [module.noise.cpu().flatten(1).tolist(), flat(module)]
+
+    found = in_replicas(draw)
+    return [found[rank] for rank in range(WORLD)]
+
+
+def test_replicas_draw_other_noise_and_stay_the_same():
+    (seen, first), (seen_too, second) = fresh(noise_of_all, **REPLICAS)
+    assert seen == seen_too
+    assert len({round(value, 6) for row in seen for value in row}) > 90, "no number comes twice"
+    assert first == second
+
+
 # ---------------------------------------------------------------- that the first test can fail
 
 
