@@ -42,7 +42,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    torch_pin = f"torch=={torch.__version__}"
+    torch_pin = f"torch=={torch.__version__.split('+')[0]}"  # an index may lack the part that names the build
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[testing]", "pytest-timeout", torch_pin, cwd=folder)
     return python
 
