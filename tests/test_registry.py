@@ -16,6 +16,7 @@ from xtrain.errors import (
     MissingDependencyError,
     UnknownBackendError,
 )
+from xtrain.optimizer import GradientLife, LightningOptimizer
 from xtrain.registry import get_backend_class, make_backend, register_backend, registered_backends, validate_backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,19 @@ def third_party(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
 
     return install
+
+
+# ---------------------------------------------------------------- where gradients are
+
+
+def test_gradients_are_looked_for_where_a_backend_keeps_its_parameters():
+    whole, shard = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    backend = complete(parameters_of=lambda self, optimizer: [whole])()
+    optimizer = LightningOptimizer(torch.optim.SGD([shard], lr=0.1), GradientLife(backend, {}))
+    shard.grad = torch.ones(2)
+    assert not backend.has_gradients(optimizer)
+    whole.grad = torch.ones(2)
+    assert backend.has_gradients(optimizer)
 
 
 # ---------------------------------------------------------------- names

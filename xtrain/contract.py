@@ -209,11 +209,7 @@ class Backend(ABC):
 
     def has_gradients(self, optimizer: LightningOptimizer) -> bool:
         """Return whether any parameter of `optimizer` has a gradient."""
-        for group in optimizer.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    return True
-        return False
+        return any(p.grad is not None for p in self.parameters_of(optimizer))
 
     def unseen_gradient(self) -> str | None:
         """Return what a gradient misses when ``loss.backward()`` is called directly, or None."""

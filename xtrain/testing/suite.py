@@ -323,7 +323,7 @@ def _same(saved: Any, restored: Any) -> None:
         for key, value in saved.items():
             _same(value, restored[key])
     elif isinstance(saved, Tensor):
-        assert saved.device.type == "cpu"
+        assert saved.is_cpu
         assert torch.equal(saved, restored)
     else:
         assert saved == restored
