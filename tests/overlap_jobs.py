@@ -7,7 +7,7 @@ from torch import nn
 
 from xtrain import LightningModule
 from xtrain.testing.experiments import make_trainer
-from xtrain.testing.modules import Gan
+from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.networks import batches
 
 BATCHES = 6

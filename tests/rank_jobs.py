@@ -9,7 +9,7 @@ from xtrain_backends._averaging import average_gradients
 
 from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
 from xtrain.testing.experiments import make_trainer
-from xtrain.testing.modules import Gan
+from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.networks import batches
 
 

@@ -137,6 +137,6 @@ def test_a_trainer_says_once_what_auto_came_to(monkeypatch, capsys):
 
 
 def _module():
-    from xtrain.testing.modules import Gan
+    from xtrain.testing.experiments.gan import Gan
 
     return Gan()

@@ -3,8 +3,8 @@
 import torch
 
 from xtrain.testing import BackendConformance
+from xtrain.testing.experiments.closures import Closure
 from xtrain.testing.misuse import Provocation
-from xtrain.testing.modules import Closure
 
 
 def frozen(parameters):

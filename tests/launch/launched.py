@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from xtrain import Trainer, XTrainError, seed_everything
-from xtrain.testing.modules import ClippedGan
+from xtrain.testing.experiments.clipping import ClippedGan
 from xtrain.testing.networks import batches
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from xtrain_backends._xla_guard import RecompileError
 
 from xtrain import LightningModule, Trainer, errors
-from xtrain.testing.modules import AccumulateApart
+from xtrain.testing.experiments.accumulation import AccumulateApart
 from xtrain.testing.networks import batches
 
 torch_xla.device()  # before the first backward of this process

@@ -9,10 +9,12 @@ from torch import nn
 
 import xtrain
 from xtrain.testing.experiments import as_loader, make_trainer, outcome_of
-from xtrain.testing.modules import ClippedGan, Gan, OneOptimizer, Recorder
-from xtrain.testing.modules_more import GradientPenalty
+from xtrain.testing.experiments.backward import GradientPenalty
+from xtrain.testing.experiments.clipping import ClippedGan
+from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.networks import batches, networks, regression, sgd
 from xtrain.testing.probes import perform_plan
+from xtrain.testing.recorder import OneOptimizer, Recorder
 
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CLAMP = 0.3

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from xtrain import ConfigurationError, ProtocolError, Trainer, UnsupportedCombinationError
 from xtrain.testing import BackendConformance
 from xtrain.testing.experiments import EXPERIMENTS, expect, outcome_of, perform
-from xtrain.testing.modules import Closure, Gan
+from xtrain.testing.experiments.closures import Closure
+from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
 from xtrain.testing.probes import communicate, heard_by, unordered_schedulers

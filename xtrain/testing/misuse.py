@@ -12,10 +12,12 @@ from torch import Tensor
 
 from xtrain.contract import Capabilities
 from xtrain.errors import ConfigurationError, ProtocolError
-from xtrain.testing.modules import Accumulate, Closure, Recorder
-from xtrain.testing.modules_more import Automatic, SharedLayer
+from xtrain.testing.experiments.accumulation import Accumulate
+from xtrain.testing.experiments.automatic import Automatic
+from xtrain.testing.experiments.closures import Closure, lbfgs
+from xtrain.testing.experiments.parameters import SharedLayer
 from xtrain.testing.networks import Batch, d_loss, g_loss, regression
-from xtrain.testing.oracle import lbfgs
+from xtrain.testing.recorder import Recorder
 
 Step = Callable[[Recorder, Batch], Any]
 

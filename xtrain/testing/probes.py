@@ -14,10 +14,11 @@ import torch
 
 from xtrain import Trainer
 from xtrain.precision import PRECISIONS
-from xtrain.testing.experiments import Outcome, make_trainer, outcome_of
-from xtrain.testing.modules import Gan, Recorder
+from xtrain.testing.comparison import Outcome, make_trainer, outcome_of
+from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import SCALE
+from xtrain.testing.recorder import Recorder
 from xtrain.testing.sequences import Plan, SequenceModule
 
 VERBS = ("zero_grad", "backward", "finalize_gradients", "clip_gradients", "step", "step_boundary")

@@ -19,9 +19,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from xtrain.testing.modules import Recorder
 from xtrain.testing.networks import Batch, Mlp, adam, networks, sgd
 from xtrain.testing.oracle import Plain
+from xtrain.testing.recorder import Recorder
 
 JOINT = 3
 """The loss that reaches all networks; losses 0 to 2 reach one each."""

@@ -22,20 +22,13 @@ from xtrain.errors import ProtocolError, UnsupportedCombinationError
 from xtrain.precision import PRECISIONS
 from xtrain.registry import get_backend_class
 from xtrain.rules import all_rules
-from xtrain.testing import misuse as wrong
-from xtrain.testing import oracle_more as om
-from xtrain.testing.experiments import (
-    EXPERIMENTS,
-    Experiment,
-    Outcome,
-    as_loader,
-    expect,
-    make_trainer,
-    outcome_of,
-    perform,
-)
-from xtrain.testing.modules import ClippedGan, DirectBackward, Gan, RawOptimizer
-from xtrain.testing.modules_more import Evaluated
+from xtrain.testing.comparison import Experiment, Outcome, as_loader, expect, make_trainer, outcome_of, perform
+from xtrain.testing.experiments import EXPERIMENTS
+from xtrain.testing.experiments.clipping import ClippedGan
+from xtrain.testing.experiments.evaluation import Evaluated, evaluation_loss, predictions
+from xtrain.testing.experiments.gan import Gan
+from xtrain.testing.experiments.unwrapped import DIRECT_BACKWARD, RAW_OPTIMIZER
+from xtrain.testing.misuse import MISUSES, PROVOCATIONS, Misuse, Provocation, Untouched
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
 from xtrain.testing.probes import (
@@ -83,7 +76,7 @@ class BackendConformance:
     options: ClassVar[Mapping[str, Any]] = {}
     tolerances: ClassVar[Mapping[str, float]] = TOLERANCES
     oracle_device: ClassVar[str] = "cpu"
-    provocations: ClassVar[Mapping[str, wrong.Provocation]] = {}
+    provocations: ClassVar[Mapping[str, Provocation]] = {}
     direct_calls: ClassVar[bool] = True
     sequence_examples: ClassVar[int] = 60
 
@@ -102,7 +95,7 @@ class BackendConformance:
             rows = [(p, e) for p in self.precisions for e in EXPERIMENTS if scaled[p] or not e.scaling]
             metafunc.parametrize("precision, experiment", rows, ids=[f"{p}-{e}" for p, e in rows])
         elif "misuse" in names:
-            table = [(p, m) for p in self.precisions for m in wrong.MISUSES if scaled[p] or not m.scaled_only]
+            table = [(p, m) for p in self.precisions for m in MISUSES if scaled[p] or not m.scaled_only]
             metafunc.parametrize("precision, misuse", table, ids=[f"{p}-{m}" for p, m in table])
         elif "rule" in names:
             metafunc.parametrize(
@@ -179,17 +172,17 @@ class BackendConformance:
         predicted = trainer.predict(module, loader)
         tolerance = self.tolerances[precision]
         run = Plain(precision, data, device=self.oracle_device)
-        expected = om.evaluation_loss(run).cpu().double()
+        expected = evaluation_loss(run).cpu().double()
         for result in (validated, tested):
             assert [set(metrics) for metrics in result] == [{"loss"}]
             _close(torch.tensor(result[0]["loss"], dtype=torch.float64), expected, tolerance, "loss")
         assert len(predicted) == len(data)
-        for received, wanted in zip(predicted, om.predictions(run), strict=True):
+        for received, wanted in zip(predicted, predictions(run), strict=True):
             _close(received.detach().cpu(), wanted.cpu(), tolerance, "prediction")
 
     # ---------------------------------------------------------------- what is refused
 
-    def test_misuse(self, precision: str, misuse: wrong.Misuse) -> None:
+    def test_misuse(self, precision: str, misuse: Misuse) -> None:
         """A wrong order or argument raises, and says what was expected, what came and the corrected line."""
         trainer = make_trainer(self.backend, precision, self.options, max_epochs=1)
         with pytest.raises(misuse.error) as caught:
@@ -199,14 +192,14 @@ class BackendConformance:
 
     def test_rule(self, rule: str) -> None:
         """Each rule of the table refuses its combination before the data is touched."""
-        provocation = (wrong.PROVOCATIONS | dict(self.provocations)).get(rule)
+        provocation = (PROVOCATIONS | dict(self.provocations)).get(rule)
         assert provocation is not None, f"give a run that rule {rule!r} refuses in {type(self).__name__}.provocations"
         if not provocation.applies(get_backend_class(self.backend).capabilities):
             return  # allowed here: the experiments above train with it
         precision = provocation.precision or self.precisions[0]
         trainer = make_trainer(self.backend, precision, self.options, max_epochs=1, **provocation.trainer)
         with pytest.raises(UnsupportedCombinationError) as refusal:
-            trainer.fit(provocation.module(), wrong.Untouched())
+            trainer.fit(provocation.module(), Untouched())
         assert any(f"[{rule}]" in violation and "Fix:" in violation for violation in refusal.value.violations)
 
     def test_all_violations_are_told_at_once(self) -> None:
@@ -214,7 +207,7 @@ class BackendConformance:
         flags: dict[str, Any] = {"accumulate_grad_batches": 2, "scaler_kwargs": {"init_scale": 8.0}}
         trainer = make_trainer(self.backend, "32-true", self.options, max_epochs=1, **flags)
         with pytest.raises(UnsupportedCombinationError) as refusal:
-            trainer.fit(Gan(), wrong.Untouched())
+            trainer.fit(Gan(), Untouched())
         for rule in ("[manual-flags]", "[scaler-kwargs]"):
             assert any(rule in violation for violation in refusal.value.violations)
 
@@ -226,17 +219,16 @@ class BackendConformance:
             )
             return
         with pytest.raises(UnsupportedCombinationError, match=r"\[precision\]"):
-            make_trainer(self.backend, any_precision, self.options, max_epochs=1).fit(Gan(), wrong.Untouched())
+            make_trainer(self.backend, any_precision, self.options, max_epochs=1).fit(Gan(), Untouched())
 
     def test_raw_optimizer(self, precision: str) -> None:
         """``optimizer.optimizer`` steps as in plain PyTorch where nothing is lost by that, and raises elsewhere."""
-        experiment = Experiment("raw-optimizer", RawOptimizer, om.raw_optimizer)
-        self._plain_or_refused(experiment, precision, nullcontext())
+        self._plain_or_refused(RAW_OPTIMIZER, precision, nullcontext())
 
     def test_direct_backward(self, precision: str) -> None:
         """``loss.backward()`` warns and trains as usual where nothing is lost by that, and raises elsewhere."""
-        experiment = Experiment("direct-backward", DirectBackward, om.accumulate_once)
-        self._plain_or_refused(experiment, precision, pytest.warns(UserWarning, match="manual_backward"))
+        warning = pytest.warns(UserWarning, match="manual_backward")
+        self._plain_or_refused(DIRECT_BACKWARD, precision, warning)
 
     def _plain_or_refused(self, experiment: Experiment, precision: str, warning: AbstractContextManager[Any]) -> None:
         job = partial(perform, experiment, self.backend, precision, self.options)
