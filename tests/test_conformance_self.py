@@ -1,6 +1,8 @@
 """The conformance suite itself: it passes a sound backend, and notices each broken one."""
 
+import importlib
 import pickle
+import pkgutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -10,14 +12,30 @@ import pytest
 import torch
 from xtrain_backends._eager import EagerBackend
 
-from xtrain import Capabilities, register_backend
+from xtrain import Capabilities, LightningModule, register_backend
 from xtrain.rules import Rule
-from xtrain.testing import BackendConformance
+from xtrain.testing import BackendConformance, experiments
 from xtrain.testing.experiments import EXPERIMENTS, Outcome, perform
 from xtrain.testing.misuse import MISUSES
 from xtrain.testing.networks import batches
 
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
+SUBJECTS = {
+    info.name: importlib.import_module(f"{experiments.__name__}.{info.name}")
+    for info in pkgutil.iter_modules(experiments.__path__)
+}
+NAMES = """
+    gan max-steps frequencies n-critic shared-loss no-loader no-loader-max-steps
+    gan-clip-norm gan-measure-norm gan-clip-value
+    accumulate accumulate-apart keep-zeros keep-gradients
+    retain-graph gradient-argument inputs-argument sum-of-losses gradient-penalty no-grad-first
+    toggle-pair toggle-context toggle-model closure closure-positional lbfgs
+    schedule-every-step schedule-sometimes plateau
+    tied shared-layer temperature unowned parameter-groups
+    automatic automatic-accumulate automatic-accumulate-clip automatic-value automatic-schedule validation-between
+    scaling-textbook scaling-overflow-in-one scaling-accumulate-growth scaling-accumulate-overflow
+    scaling-clip-then-wait scaling-overflow-while-accumulating scaling-inner-loop scaling-closure scaling-automatic
+"""
 
 
 @register_backend
@@ -126,6 +144,64 @@ def cached_autocast(self):
     dtype = self.precision.autocast_dtype
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype, cache_enabled=True)
 
+
+# ---------------------------------------------------------------- the table
+
+
+def test_no_experiment_is_lost():
+    """What a file defines is in the table, once; what the table had stays in it."""
+    rows = [row for subject in SUBJECTS.values() for row in getattr(subject, "EXPERIMENTS", ())]
+    assert {id(row) for row in rows} == {id(row) for row in EXPERIMENTS}
+    assert len(BY_NAME) == len(EXPERIMENTS) == len(rows)
+    assert set(NAMES.split()) <= BY_NAME.keys()
+
+
+def unwrap(made):
+    return unwrap(made.func) if isinstance(made, partial) else made
+
+
+def test_every_module_and_every_loop_is_in_an_experiment():
+    """A class or loop that no row uses would look like a check and be none."""
+    unwrapped, evaluation = SUBJECTS["unwrapped"], SUBJECTS["evaluation"]
+    rows = [*EXPERIMENTS, unwrapped.RAW_OPTIMIZER, unwrapped.DIRECT_BACKWARD]
+    used = {ancestor for row in rows for ancestor in unwrap(row.module).__mro__} | {unwrap(row.oracle) for row in rows}
+    used |= {evaluation.Evaluated, evaluation.predictions, evaluation.evaluation_loss}  # of `test_evaluation`
+    defined = {value for subject in SUBJECTS.values() for value in vars(subject).values() if is_side(value, subject)}
+    assert {value.__name__ for value in defined - used} == set()
+
+
+def is_side(value, subject):
+    """Return whether `value` is a module or a loop that `subject` defines itself."""
+    code = getattr(value, "__code__", None)
+    own = getattr(value, "__module__", None) == subject.__name__
+    return own and (is_module(value) or (code is not None and code.co_varnames[:1] == ("run",)))
+
+
+def is_module(value):
+    return isinstance(value, type) and issubclass(value, LightningModule)
+
+
+def names_in(code):
+    nested = [names_in(constant) for constant in code.co_consts if isinstance(constant, type(code))]
+    return set(code.co_names).union(*nested)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
+def test_the_hand_written_loop_uses_nothing_of_xtrain(experiment):
+    """An oracle that ran the code under test would agree with every mistake of it."""
+    own = ("xtrain.testing.experiments.", "xtrain.testing.oracle", "xtrain.testing.networks")
+    pending, seen = [unwrap(experiment.oracle)], set()
+    while pending:
+        loop = pending.pop()
+        seen.add(loop)
+        for value in (loop.__globals__.get(name) for name in names_in(loop.__code__)):
+            module = getattr(value, "__module__", None) or ""
+            assert not is_module(value)
+            assert not module.startswith("xtrain") or module.startswith(own), f"{loop.__name__}: {value}"
+            pending += [value] if hasattr(value, "__code__") and value not in seen and "xtrain" in module else []
+
+
+# ---------------------------------------------------------------- broken backends
 
 MUTANTS = [
     (keeps_gradients, "zero_grad", "gan", "32-true"),

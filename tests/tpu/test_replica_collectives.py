@@ -3,7 +3,7 @@
 from fresh import fresh
 from test_replicas import REPLICAS, WORLD, in_replicas
 
-from xtrain.testing.probes import communicate, heard_by
+from xtrain.testing.probes import communicate, expected_messages
 
 
 def all_heard():
@@ -13,5 +13,5 @@ def all_heard():
 
 def test_collectives_for_users():
     for rank, heard in enumerate(fresh(all_heard, **REPLICAS)):
-        expected = heard_by(rank, WORLD)
+        expected = expected_messages(rank, WORLD)
         assert heard == {name: list(value) if isinstance(value, tuple) else value for name, value in expected.items()}

@@ -17,9 +17,9 @@ from xtrain.testing.experiments.closures import Closure
 from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
-from xtrain.testing.probes import communicate, heard_by, unordered_schedulers
+from xtrain.testing.probes import communicate, expected_messages, unordered_schedulers
 from xtrain.testing.ranks import Ranks
-from xtrain.testing.sequences import plans, run_plainly
+from xtrain.testing.sequences import plans, run_by_hand
 
 BY_NAME = {e.name: e for e in EXPERIMENTS}
 ALLOWED = [e for e in EXPERIMENTS if e.name not in ("lbfgs", "shared-layer")]
@@ -105,7 +105,7 @@ def test_random_sequences(pair, stage):
         outcomes = pair.run(partial(jobs.same_program, plan, {"stage": stage}))
         run = Plain("32-true", batches(len(plan.program)))
         with unordered_schedulers():
-            run_plainly(run, plan)
+            run_by_hand(run, plan)
         Pair().compare(outcomes, outcome_of(run, run), "32-true")
 
     config = settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -143,7 +143,7 @@ def test_each_rank_draws_its_own_noise_in_a_run(pair):
 
 def test_collectives_for_users(pair):
     heard = pair.run(partial(communicate, "deepspeed", "32-true", {"stage": 2}))
-    assert heard == [heard_by(rank, 2) for rank in range(2)]
+    assert heard == [expected_messages(rank, 2) for rank in range(2)]
 
 
 @by_stage

@@ -1,7 +1,7 @@
-"""One experiment, and how it runs on either side.
+"""An experiment, and how it runs with xtrain and by hand.
 
-An experiment is a LightningModule and the hand-written loop in plain PyTorch that says what it must come to. Both
-leave an `Outcome`: parameters, counters and notes, all as CPU values. An experiment, and `perform` bound to one,
+An experiment is a LightningModule and the hand-written loop in plain PyTorch that it is compared with. Both
+return an `Outcome`: parameters, counters and notes, all as CPU values. An experiment, and `perform` bound to one,
 can be pickled, so that a launcher can send it to other processes.
 """
 
@@ -65,7 +65,7 @@ class Experiment:
 
 @dataclass
 class Outcome:
-    """What is left of a run: CPU tensors and plain numbers.
+    """The results of a run: CPU tensors and plain numbers.
 
     Attributes:
         parameters: the state dict of the two networks.
@@ -100,8 +100,8 @@ def perform(
         backend: a registered name.
         precision: a name of `xtrain.precision.PRECISIONS`.
         options: the backend's options.
-        world_size: number of ranks that call this together.
-        rank: this one's number; it gets its rows of every batch.
+        world_size: number of ranks, all of which call this.
+        rank: the number of this rank, which gets its rows of every batch.
     """
     module = experiment.module()
     trainer = make_trainer(backend, precision, options, max_epochs=experiment.epochs, **experiment.trainer)
@@ -113,8 +113,8 @@ def perform(
     return outcome_of(module, trainer)
 
 
-class Ready:
-    """Batches to evaluate that are this rank's already; a list would mean several loaders, a DataLoader is sharded."""
+class PresplitLoader:
+    """This rank's batches for an evaluation; a list would mean several loaders, a DataLoader would be sharded."""
 
     def __init__(self, data: list[Batch]) -> None:
         self._data = data
@@ -126,9 +126,9 @@ class Ready:
         return iter(self._data)
 
 
-def as_loader(data: list[Batch]) -> Ready | None:
+def as_loader(data: list[Batch]) -> PresplitLoader | None:
     """Return a loader of ready batches, or None for none."""
-    return Ready(data) if data else None
+    return PresplitLoader(data) if data else None
 
 
 def expect(experiment: Experiment, precision: str, device: str = "cpu") -> Outcome:
@@ -142,10 +142,10 @@ def expect(experiment: Experiment, precision: str, device: str = "cpu") -> Outco
 def outcome_of(owner: Recorder | Plain, run: Trainer | Plain) -> Outcome:
     """Return the parameters and notes of `owner`, and the counters of `run`."""
     counts = run.step_count if isinstance(run, Plain) else [opt.step_count for opt in run.optimizers]
-    whole = nullcontext() if isinstance(run, Plain) else run.backend.full_parameters(owner)
+    full_parameters = nullcontext() if isinstance(run, Plain) else run.backend.full_parameters(owner)
     facts = {"global_step": [float(run.global_step)], "step_count": _numbers(counts)}
     facts |= {name: _numbers(values) for name, values in owner.notes.items()}
-    with whole:
+    with full_parameters:
         networks = {k: v.detach().cpu().clone() for k, v in owner.state_dict().items() if k.startswith(_COMPARED)}
     return Outcome(networks, facts)
 

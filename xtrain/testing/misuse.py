@@ -1,4 +1,4 @@
-"""What must be refused, everywhere in the same words: wrong orders, wrong arguments, wrong combinations."""
+"""What every backend must refuse, with the same message: wrong orders, wrong arguments, wrong combinations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Misuse:
     Attributes:
         name: shown as the test's id.
         step: the body of the training step, as a function of module and batch.
-        says: what the message must tell, beside what was expected, received and the corrected line.
+        says: what the message must contain, beside what was expected, what was received and the fix.
         error: what it must raise.
         scaled_only: it is wrong only where gradients are scaled.
         automatic: the module is in automatic optimization.
@@ -127,7 +127,7 @@ def _step_other(module: Recorder, batch: Batch) -> None:
     g_opt.step()
 
 
-def _step_shielded(module: Recorder, batch: Batch) -> None:
+def _step_toggled_off(module: Recorder, batch: Batch) -> None:
     g_opt, d_opt = module.optimizers()
     module.manual_backward(_loss(module, batch))
     d_opt.step()
@@ -200,7 +200,7 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse("step-after-zero-grad", _step_after_zero, "none"),
     Misuse("step-after-zeros", _step_after_zeros, "none"),
     Misuse("step-the-other", _step_other, "none"),
-    Misuse("step-while-shielded", _step_shielded, "none"),
+    Misuse("step-while-shielded", _step_toggled_off, "none"),
     Misuse("manual-backward-in-automatic", _backward_in_automatic, "automatic_optimization = False", automatic=True),
     Misuse("raw-step", _raw_step, "loss scale", scaled_only=True),
     Misuse("direct-backward", _direct_backward, "loss scale", scaled_only=True),
@@ -265,7 +265,7 @@ PROVOCATIONS: dict[str, Provocation] = {
 """One run per rule of `xtrain.rules.RULES`; the rule about precisions is tested for each of them instead."""
 
 
-class Untouched:
+class UnreadableData:
     """Data that must not be read: a refusal comes before the first batch."""
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Hand-written training loops: what each experiment means, in plain PyTorch.
+"""What all hand-written training loops share: the oracle of the experiments, in plain PyTorch.
 
-Nothing of xtrain is imported. A loop is written the way its author would without any framework, on
-the full batch and on one device; `Plain` only takes the precision out of the reader's way. The loops
-of loss scaling proper are in `oracle_scaling`.
+Nothing of xtrain is imported. A loop is written as its author would write it without any framework, on the full
+batch and on one device; `Plain` hides the precision and counts the steps. The loops themselves are beside the
+modules that they are compared with, in `xtrain.testing.experiments`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCALE = 2.0**10
 
 
 class Plain(nn.Module):
-    """A hand-written loop's surroundings: two networks, the data, autocast, counters.
+    """The state of a hand-written loop: two networks, the data, autocast, counters.
 
     Args:
         precision: one of the names of `xtrain.precision.PRECISIONS`.
@@ -63,18 +63,18 @@ class Plain(nn.Module):
         return torch.autocast(self.device, self.autocast_dtype, cache_enabled=False)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Add the true gradients of `loss` to those held, however the precision gets at them."""
+        """Add the unscaled gradients of `loss` to those that are there, whatever the precision."""
         if self.scale == 1.0:
             loss.backward(**kwargs)
             return
-        held = [(p, p.grad) for p in self.parameters()]
+        earlier = [(p, p.grad) for p in self.parameters()]
         self.zero_grad()
         (loss * self.scale).backward(**kwargs)
-        for parameter, before in held:
+        for parameter, before in earlier:
             new = None if parameter.grad is None else parameter.grad / self.scale
             parameter.grad = before if new is None else new if before is None else before + new
 
-    def owns(self, *optimizers: Optimizer) -> None:
+    def count_steps_of(self, *optimizers: Optimizer) -> None:
         """Count the steps of `optimizers` with torch's own hook."""
         self.step_count = [0] * len(optimizers)
 
@@ -106,14 +106,14 @@ class Plain(nn.Module):
 def gan_optimizers(run: Plain) -> tuple[Optimizer, Optimizer]:
     """Return the pair nearly every experiment uses: SGD for G, Adam for D."""
     pair = sgd(run.G.parameters()), adam(run.D.parameters())
-    run.owns(*pair)
+    run.count_steps_of(*pair)
     return pair
 
 
 def one_optimizer(run: Plain) -> Optimizer:
     """Return SGD over D, for the experiments with a single optimizer."""
     optimizer = sgd(run.D.parameters())
-    run.owns(optimizer)
+    run.count_steps_of(optimizer)
     return optimizer
 
 
@@ -123,6 +123,6 @@ def forward_regression(run: Plain, batch: Batch) -> Tensor:
         return regression(run.D, *batch)
 
 
-def by_norm(parameters: list[nn.Parameter]) -> Tensor:
+def clip_norm(parameters: list[nn.Parameter]) -> Tensor:
     """Clip to norm 0.2, which is below the true norms, and return the norm before."""
     return clip_grad_norm_(parameters, 0.2)

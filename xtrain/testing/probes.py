@@ -1,4 +1,4 @@
-"""Modules and helpers of single conformance tests: what they look at is not a trajectory."""
+"""Modules and helpers of single conformance tests, which compare something else than trained parameters."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -112,19 +112,19 @@ class SavesState(Gan):
         self.states = saved, backend.state_dict()
 
 
-class SeesBatch(Gan):
-    """Keeps its batch and trains nothing."""
+class KeepsBatch(Gan):
+    """Stores its batch and trains nothing."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.batch = batch
 
 
 class Communicates(Gan):
-    """Uses everything that ranks can say to each other, and trains nothing."""
+    """Calls every collective that a user has, and trains nothing."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         trainer, rank = self.trainer, self.global_rank
-        # The rank's number comes in as data: ranks whose graphs differ would not meet on a compiling device.
+        # The rank is data, not a constant: on a compiling device ranks with different graphs would wait for ever.
         pair = torch.tensor([1.0 + rank, 2.0 + rank], device=self.device)
         weight = torch.tensor([2.0 + rank], device=self.device, requires_grad=True)
         plain = self.all_gather({"pair": pair, "nested": [(weight, "word")]})
@@ -150,14 +150,14 @@ class Communicates(Gan):
 def communicate(
     backend: str, precision: str, options: Mapping[str, Any], world_size: int = 1, rank: int = 0
 ) -> dict[str, Any]:
-    """Return what this rank heard."""
+    """Return what this rank received."""
     module = Communicates()
     trainer = make_trainer(backend, precision, options, max_epochs=1)
     trainer.fit(module, batches(1, world_size, rank))
     return module.facts | {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def heard_by(rank: int, world_size: int) -> dict[str, Any]:
+def expected_messages(rank: int, world_size: int) -> dict[str, Any]:
     """Return what `communicate` has to return on `rank`."""
     pairs = [[1.0 + r, 2.0 + r] for r in range(world_size)]
     mean = (world_size - 1) / 2

@@ -40,7 +40,7 @@ class Ranks:
 
         Args:
             job: can be pickled, as well as what it returns.
-            wait: seconds after which a rank that has not answered is taken for dead.
+            wait: seconds after which a rank that has not answered counts as dead.
 
         Raises:
             TimeoutError: if a rank does not answer; the processes are ended then.

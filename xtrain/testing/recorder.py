@@ -16,7 +16,7 @@ from xtrain.testing.oracle import Notes
 
 
 class Recorder(LightningModule):
-    """Two networks with an optimizer each, and a notebook that is compared with the oracle's."""
+    """Two networks with an optimizer each, and notes that are compared with the oracle's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Recorder(LightningModule):
         return sgd(self.G.parameters()), adam(self.D.parameters())
 
     def clip(self, opt: Any) -> Tensor:
-        """Clip to norm 0.2, as the oracle's `by_norm`."""
+        """Clip to norm 0.2, as the oracle's `clip_norm`."""
         return self.clip_gradients(opt, gradient_clip_val=0.2, gradient_clip_algorithm="norm")
 
 

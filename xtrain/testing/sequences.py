@@ -1,4 +1,4 @@
-"""Random sequences of the verbs, and a small model that says which of them are legal.
+"""Random sequences of the verbs, and a small model of which of them are legal.
 
 A program is a list of training steps, each a list of verbs over one to three optimizers. `plans` draws
 it verb by verb, with the state of every optimizer and so with what is allowed next. Legal programs must
@@ -48,7 +48,7 @@ Program = list[list[Verb]]
 
 @dataclass(frozen=True)
 class Plan:
-    """A program and what must come of it.
+    """A program, and whether it is legal.
 
     Attributes:
         count: number of optimizers.
@@ -99,13 +99,13 @@ class _State:
         if verb.name == "backward":
             for reached in self.reaches(i):
                 self.filled[reached] = True
-            # A backward speaks for every optimizer it is not kept away from: leftovers may be used again.
+            # A backward concerns every optimizer that is not toggled off: its earlier gradients may be used again.
             for other in range(self.count) if not self.toggles else self.toggles[-1:]:
                 if self.phase[other] != "final":
                     self.phase[other] = "held"
         elif verb.name in _PHASE_AFTER:
             self.phase[i] = _PHASE_AFTER[verb.name]
-            self.filled[i] &= verb.name != "zero"  # zeros in place are gradients still, once a backward adds to them
+            self.filled[i] &= verb.name != "zero"  # zeros are still gradients, once a backward adds to them
         elif verb.name == "toggle":
             self.toggles.append(i)
         elif verb.name == "untoggle":
@@ -120,15 +120,15 @@ def plans(draw: st.DrawFn, illegal: bool) -> Plan:
     for _ in range(draw(st.integers(1, 4))):
         program.append([])
         for _ in range(draw(st.integers(3, 9))):
-            _take(draw(st.sampled_from(state.verbs(legal=True))), state, program)
+            _append(draw(st.sampled_from(state.verbs(legal=True))), state, program)
     if illegal:
         if not state.verbs(legal=False):
-            _take(Verb("zero"), state, program)
+            _append(Verb("zero"), state, program)
         program[-1].append(draw(st.sampled_from(state.verbs(legal=False))))
     return Plan(state.count, program, illegal)
 
 
-def _take(verb: Verb, state: _State, program: Program) -> None:
+def _append(verb: Verb, state: _State, program: Program) -> None:
     state.apply(verb)
     program[-1].append(verb)
 
@@ -153,7 +153,7 @@ def _optimizers(nets: list[Mlp], count: int) -> tuple[list[Optimizer], list[Expo
 
 
 class SequenceModule(Recorder):
-    """Runs a plan with the verbs of xtrain; `position` tells how far it came."""
+    """Runs a plan with the verbs of xtrain; `position` counts the calls so far."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class SequenceModule(Recorder):
         return _optimizers(self.nets, self.plan.count)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        optimizers, schedulers = _listed(self.optimizers()), _listed(self.lr_schedulers())
+        optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         for verb in self.plan.program[batch_idx]:
             self.position += 1
             self._call(verb, batch, optimizers, schedulers)
@@ -192,16 +192,16 @@ class SequenceModule(Recorder):
             self.untoggle_optimizer(optimizers[self.toggles.pop()])
 
 
-def _listed(items: Any) -> list[Any]:
+def _as_list(items: Any) -> list[Any]:
     return items if isinstance(items, list) else [items]
 
 
-def run_plainly(run: Plain, plan: Plan) -> None:
+def run_by_hand(run: Plain, plan: Plan) -> None:
     """Run a legal plan in plain PyTorch; parameters of all three networks are left in `run`."""
     nets = _networks(run.G, run.D)
     run.third = nets[2].to(run.device, run.dtype)
     optimizers, schedulers = _optimizers(nets, plan.count)
-    run.owns(*optimizers)
+    run.count_steps_of(*optimizers)
     toggles: list[int] = []
     for _, index, batch in run.steps():
         for verb in plan.program[index]:

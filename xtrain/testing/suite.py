@@ -1,8 +1,7 @@
 """`BackendConformance`: the tests a backend inherits.
 
-Each test compares xtrain on the backend with a hand-written loop in plain PyTorch, or checks that
-what cannot work is refused. xtrain always runs first: some devices must be started before anything
-else computes.
+Each test compares xtrain on the backend with a hand-written loop in plain PyTorch, or checks that what cannot work
+is refused. xtrain always runs first: some devices must be started before anything else computes.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from xtrain.testing.experiments.clipping import ClippedGan
 from xtrain.testing.experiments.evaluation import Evaluated, evaluation_loss, predictions
 from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.experiments.unwrapped import DIRECT_BACKWARD, RAW_OPTIMIZER
-from xtrain.testing.misuse import MISUSES, PROVOCATIONS, Misuse, Provocation, Untouched
+from xtrain.testing.misuse import MISUSES, PROVOCATIONS, Misuse, Provocation, UnreadableData
 from xtrain.testing.networks import batches
 from xtrain.testing.oracle import Plain
 from xtrain.testing.probes import (
     Interrupted,
+    KeepsBatch,
     SavesState,
-    SeesBatch,
     communicate,
+    expected_messages,
     fit_plan,
-    heard_by,
     perform_plan,
     record,
     unordered_schedulers,
 )
-from xtrain.testing.sequences import Plan, SequenceModule, plans, run_plainly
+from xtrain.testing.sequences import Plan, SequenceModule, plans, run_by_hand
 
 Job = Callable[..., Any]
 
@@ -57,7 +56,7 @@ TOLERANCES: Mapping[str, float] = {
 
 
 class BackendConformance:
-    """Inherit, and say which backend; see `xtrain.testing`.
+    """Inherit, and name the backend; see `xtrain.testing`.
 
     Attributes:
         backend: the registered name.
@@ -129,7 +128,7 @@ class BackendConformance:
             outcomes = self.launch(partial(perform_plan, plan, self.backend, precision, self.options))
             run = Plain(precision, batches(len(plan.program)), device=self.oracle_device)
             with unordered_schedulers():
-                run_plainly(run, plan)
+                run_by_hand(run, plan)
             self.compare(outcomes, outcome_of(run, run), precision)
 
         self._explore(check, plans(illegal=False))
@@ -183,7 +182,7 @@ class BackendConformance:
     # ---------------------------------------------------------------- what is refused
 
     def test_misuse(self, precision: str, misuse: Misuse) -> None:
-        """A wrong order or argument raises, and says what was expected, what came and the corrected line."""
+        """A wrong order or argument raises, with what was expected, what was received and the fix."""
         trainer = make_trainer(self.backend, precision, self.options, max_epochs=1)
         with pytest.raises(misuse.error) as caught:
             trainer.fit(misuse.module(), batches(2))
@@ -195,19 +194,19 @@ class BackendConformance:
         provocation = (PROVOCATIONS | dict(self.provocations)).get(rule)
         assert provocation is not None, f"give a run that rule {rule!r} refuses in {type(self).__name__}.provocations"
         if not provocation.applies(get_backend_class(self.backend).capabilities):
-            return  # allowed here: the experiments above train with it
+            return  # allowed here: some experiment trains with it
         precision = provocation.precision or self.precisions[0]
         trainer = make_trainer(self.backend, precision, self.options, max_epochs=1, **provocation.trainer)
         with pytest.raises(UnsupportedCombinationError) as refusal:
-            trainer.fit(provocation.module(), Untouched())
+            trainer.fit(provocation.module(), UnreadableData())
         assert any(f"[{rule}]" in violation and "Fix:" in violation for violation in refusal.value.violations)
 
     def test_all_violations_are_told_at_once(self) -> None:
-        """One run that breaks two rules is told about both."""
+        """The error of a run that breaks two rules names both."""
         flags: dict[str, Any] = {"accumulate_grad_batches": 2, "scaler_kwargs": {"init_scale": 8.0}}
         trainer = make_trainer(self.backend, "32-true", self.options, max_epochs=1, **flags)
         with pytest.raises(UnsupportedCombinationError) as refusal:
-            trainer.fit(Gan(), Untouched())
+            trainer.fit(Gan(), UnreadableData())
         for rule in ("[manual-flags]", "[scaler-kwargs]"):
             assert any(rule in violation for violation in refusal.value.violations)
 
@@ -219,7 +218,7 @@ class BackendConformance:
             )
             return
         with pytest.raises(UnsupportedCombinationError, match=r"\[precision\]"):
-            make_trainer(self.backend, any_precision, self.options, max_epochs=1).fit(Gan(), Untouched())
+            make_trainer(self.backend, any_precision, self.options, max_epochs=1).fit(Gan(), UnreadableData())
 
     def test_raw_optimizer(self, precision: str) -> None:
         """``optimizer.optimizer`` steps as in plain PyTorch where nothing is lost by that, and raises elsewhere."""
@@ -240,11 +239,11 @@ class BackendConformance:
             outcomes = self.launch(job)
         self.compare(outcomes, expect(experiment, precision, self.oracle_device), precision)
 
-    # ---------------------------------------------------------------- how it comes about
+    # ---------------------------------------------------------------- the order of calls, state and data
 
     @pytest.mark.parametrize("clipped", [True, False])
     def test_life_of_a_gradient(self, clipped: bool) -> None:
-        """The verbs reach the backend in order; each gradient is finalized once, each training step bounded once."""
+        """The backend's verbs are called in order, with one finalize per step and one boundary per training step."""
         trainer = make_trainer(self.backend, self.precisions[0], self.options, max_epochs=1)
         calls = record(trainer.backend)
         trainer.fit(ClippedGan(0.2) if clipped else Gan(), batches(3))
@@ -272,7 +271,7 @@ class BackendConformance:
         assert module.flags() == [False, True, True]
 
     def test_state_is_portable(self, precision: str) -> None:
-        """The backend's state survives ``torch.save`` and a load that runs no code, and comes back the same."""
+        """The backend's state survives ``torch.save`` and a load that runs no code, and is the same after it."""
         trainer = make_trainer(self.backend, precision, self.options, max_epochs=1)
         module = SavesState()
         trainer.fit(module, batches(2))
@@ -281,22 +280,22 @@ class BackendConformance:
 
     def test_batches_move_whole(self, precision: str) -> None:
         """Nested batches keep their structure; floats take the policy's dtype, integers keep theirs."""
-        module = SeesBatch()
+        module = KeepsBatch()
         batch = {"x": [torch.ones(2, 3), (torch.arange(2), "name")], "n": 3}
         make_trainer(self.backend, precision, self.options, max_epochs=1).fit(module, [batch])
         moved = module.batch
-        whole = PRECISIONS[precision].parameter_dtype or torch.float32
+        dtype = PRECISIONS[precision].parameter_dtype or torch.float32
         assert moved["x"][1][1] == "name"
         assert moved["n"] == 3
         assert isinstance(moved["x"][1], tuple)
-        assert (moved["x"][0].dtype, moved["x"][1][0].dtype) == (whole, torch.int64)
+        assert (moved["x"][0].dtype, moved["x"][1][0].dtype) == (dtype, torch.int64)
         assert {t.device for t in (moved["x"][0], moved["x"][1][0])} == {module.device}
         assert moved["x"][1][0].cpu().tolist() == [0, 1]
 
     def test_collectives(self) -> None:
-        """What the ranks say to each other arrives, whole and with its gradients; what is not sent stays as it was."""
-        heard = self.launch(partial(communicate, self.backend, self.precisions[0], self.options))
-        assert heard == [heard_by(rank, len(heard)) for rank in range(len(heard))]
+        """Collectives return every rank's values, with gradients where asked for, and change no input."""
+        received = self.launch(partial(communicate, self.backend, self.precisions[0], self.options))
+        assert received == [expected_messages(rank, len(received)) for rank in range(len(received))]
 
 
 def _close(received: Tensor, expected: Tensor, tolerance: float, name: str) -> None:

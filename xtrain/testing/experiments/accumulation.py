@@ -1,11 +1,11 @@
-"""Gradients that several batches add up to, and what `zero_grad` leaves of them."""
+"""Gradient accumulation over several batches, and gradients that are kept or set to zero after a step."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
 
 from xtrain.testing.comparison import Experiment
 from xtrain.testing.networks import Batch, d_loss, g_loss
-from xtrain.testing.oracle import Plain, by_norm, forward_regression, gan_optimizers, one_optimizer
+from xtrain.testing.oracle import Plain, clip_norm, forward_regression, gan_optimizers, one_optimizer
 from xtrain.testing.recorder import OneOptimizer, Recorder
 
 
@@ -59,7 +59,7 @@ def accumulate_apart(run: Plain) -> None:
         run.backward(err_d)
         run.backward(err_g)
         if (index + 1) % 3 == 0:
-            run.note(d_norm=by_norm(list(run.D.parameters())))
+            run.note(d_norm=clip_norm(list(run.D.parameters())))
             d_opt.step()
             d_opt.zero_grad()
         if (index + 1) % 2 == 0:
@@ -118,7 +118,7 @@ def keep_gradients(run: Plain) -> None:
         if index % 3 == 0:
             opt.zero_grad()
         run.backward(forward_regression(run, batch) / 3)
-        run.note(norm=by_norm(list(run.D.parameters())))
+        run.note(norm=clip_norm(list(run.D.parameters())))
         opt.step()
 
 

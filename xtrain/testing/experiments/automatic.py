@@ -1,4 +1,4 @@
-"""Automatic optimization: the step returns its loss, and the Trainer does what these loops do."""
+"""Automatic optimization: the training step returns its loss, and the Trainer does what the loop does."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Automatic(OneOptimizer):
 
 
 def automatic(run: Plain, every: int = 1, algorithm: str | None = None, step_interval: bool = False) -> None:
-    """What automatic optimization stands for; an incomplete window of accumulation steps at the epoch's end."""
+    """Step after every N batches, and at the epoch's end with what has accumulated by then."""
     opt = one_optimizer(run)
     scheduler = ExponentialLR(opt, 0.7)
     parameters = list(run.D.parameters())

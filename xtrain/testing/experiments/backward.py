@@ -1,4 +1,4 @@
-"""What a backward is given: its arguments, several losses, a loss made of gradients."""
+"""`manual_backward`: its arguments, several losses, gradients of gradients, autocast."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -7,7 +7,7 @@ import torch
 
 from xtrain.testing.comparison import Experiment
 from xtrain.testing.networks import Batch, d_loss, g_loss, regression
-from xtrain.testing.oracle import Plain, by_norm, forward_regression, gan_optimizers, one_optimizer
+from xtrain.testing.oracle import Plain, clip_norm, forward_regression, gan_optimizers, one_optimizer
 from xtrain.testing.recorder import OneOptimizer, Recorder
 
 
@@ -110,7 +110,7 @@ def sum_of_losses(run: Plain) -> None:
             with run.forward_context():
                 loss = regression(run.D, x * k, z) / 2
             run.backward(loss)
-        run.note(norm=by_norm(list(run.D.parameters())))
+        run.note(norm=clip_norm(list(run.D.parameters())))
         opt.step()
 
 

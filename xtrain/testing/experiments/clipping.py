@@ -13,7 +13,7 @@ from xtrain.contract import Capabilities
 from xtrain.precision import Precision
 from xtrain.testing.comparison import Experiment
 from xtrain.testing.experiments.gan import Gan, gan
-from xtrain.testing.oracle import by_norm
+from xtrain.testing.oracle import clip_norm
 
 
 class ClippedGan(Gan):
@@ -34,7 +34,7 @@ def total_norm(parameters: list[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
-def by_value(parameters: list[nn.Parameter]) -> Tensor:
+def clip_value(parameters: list[nn.Parameter]) -> Tensor:
     """Clip single values to 0.03 and return the norm before."""
     norm = total_norm(parameters)
     clip_grad_value_(parameters, 0.03)
@@ -47,12 +47,12 @@ def refuses_values(capabilities: Capabilities, precision: Precision) -> str | No
 
 
 EXPERIMENTS = (
-    Experiment("gan-clip-norm", partial(ClippedGan, 0.2), partial(gan, clip=by_norm)),
+    Experiment("gan-clip-norm", partial(ClippedGan, 0.2), partial(gan, clip=clip_norm)),
     Experiment("gan-measure-norm", partial(ClippedGan, float("inf")), partial(gan, clip=total_norm)),
     Experiment(
         "gan-clip-value",
         partial(ClippedGan, 0.03, "value"),
-        partial(gan, clip=by_value),
+        partial(gan, clip=clip_value),
         refused=refuses_values,
     ),
 )

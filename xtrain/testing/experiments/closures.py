@@ -1,4 +1,4 @@
-"""Steps that are given a closure, with an optimizer that calls it once and with one that calls it again."""
+"""Steps with a closure, which the optimizer evaluates once (Adam) or several times (LBFGS)."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Closure(Recorder):
 def closure(run: Plain, make: Callable[..., Optimizer]) -> None:
     """A step that evaluates the loss itself, as often as the optimizer likes."""
     opt: Any = make(run.D.parameters())
-    run.owns(opt)
+    run.count_steps_of(opt)
     for _, _, batch in run.steps():
 
         def evaluate(batch: Batch = batch) -> Tensor:

@@ -23,7 +23,7 @@ class WithValidation(Accumulate):
         self.G.eval()
 
     def modes(self) -> list[bool]:
-        """Return who is training, and whether gradients are recorded."""
+        """Return ``training`` of the module and of its networks, and whether gradients are recorded."""
         return [self.training, self.G.training, self.D.training, torch.is_grad_enabled()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -42,8 +42,8 @@ def with_validation(run: Plain) -> None:
     """Gradients accumulated over two batches survive the validation in between; G is the user's to keep in eval."""
     opt = one_optimizer(run)
     run.G.eval()
-    like = run.data[0][0]
-    held_out = [(x.to(like), z.to(like)) for x, z in batches(2, seed=5)]
+    reference = run.data[0][0]
+    held_out = [(x.to(reference), z.to(reference)) for x, z in batches(2, seed=5)]
     for _, index, batch in run.steps():
         run.note(modes=[run.training, run.G.training, run.D.training, torch.is_grad_enabled()])
         run.backward(forward_regression(run, batch) / 2)
@@ -51,10 +51,10 @@ def with_validation(run: Plain) -> None:
             opt.step()
             opt.zero_grad()
         losses = []
-        for held in held_out:
+        for batch_out in held_out:
             run.note(validation_modes=[False, False, False, False])
             with torch.no_grad():
-                losses.append(forward_regression(run, held).float())
+                losses.append(forward_regression(run, batch_out).float())
         run.note(validation_loss=torch.stack(losses).mean())
 
 

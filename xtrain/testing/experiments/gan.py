@@ -9,7 +9,7 @@ import torch
 
 from xtrain.testing.comparison import Experiment
 from xtrain.testing.networks import Batch, d_loss, g_loss, regression
-from xtrain.testing.oracle import Clip, Plain, by_norm, gan_optimizers
+from xtrain.testing.oracle import Clip, Plain, clip_norm, gan_optimizers
 from xtrain.testing.recorder import Recorder
 
 
@@ -117,7 +117,7 @@ def n_critic(run: Plain) -> None:
                 err_d = d_loss(run.D, x * k, run.G(z))
             d_opt.zero_grad()
             run.backward(err_d)
-            run.note(norm=by_norm(list(run.D.parameters())))
+            run.note(norm=clip_norm(list(run.D.parameters())))
             d_opt.step()
         with run.forward_context():
             err_g = g_loss(run.D, run.G(z))
@@ -150,7 +150,7 @@ def shared_loss(run: Plain) -> None:
         g_opt.zero_grad()
         d_opt.zero_grad()
         run.backward(loss)
-        run.note(norm=by_norm(list(run.D.parameters())))
+        run.note(norm=clip_norm(list(run.D.parameters())))
         d_opt.step()
         g_opt.step()
 

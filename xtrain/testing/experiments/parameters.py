@@ -12,7 +12,7 @@ from xtrain.contract import Capabilities
 from xtrain.precision import Precision
 from xtrain.testing.comparison import Experiment
 from xtrain.testing.networks import HIDDEN, Batch, adam, d_loss, g_loss, regression, sgd
-from xtrain.testing.oracle import Plain, by_norm, forward_regression
+from xtrain.testing.oracle import Plain, clip_norm, forward_regression
 from xtrain.testing.recorder import OneOptimizer, Recorder
 
 
@@ -46,7 +46,7 @@ def tied(run: Plain) -> None:
     run.back = back = nn.Linear(HIDDEN, 4).to(run.device, run.dtype)
     back.bias.data.zero_()
     opt = sgd([*run.D.parameters(), back.bias])
-    run.owns(opt)
+    run.count_steps_of(opt)
     for _, _, (x, z) in run.steps():
         with run.forward_context():
             hidden = torch.tanh(layer(x))
@@ -54,7 +54,7 @@ def tied(run: Plain) -> None:
             loss = nn.functional.mse_loss(rebuilt, x) + regression(run.D, x, z)
         opt.zero_grad()
         run.backward(loss)
-        run.note(norm=by_norm([*run.D.parameters(), back.bias]), tied=True)
+        run.note(norm=clip_norm([*run.D.parameters(), back.bias]), tied=True)
         opt.step()
         run.note(bias=back.bias.detach().clone())
 
@@ -78,7 +78,7 @@ class SharedLayer(Recorder):
 def shared_layer(run: Plain) -> None:
     """D's first layer belongs to both optimizers, which step one after the other."""
     pair = sgd([*run.G.parameters(), *run.D.first.parameters()]), adam(run.D.parameters())
-    run.owns(*pair)
+    run.count_steps_of(*pair)
     for _, _, (x, z) in run.steps():
         for opt, on_d in zip(pair, (False, True), strict=True):
             with run.forward_context():
@@ -124,7 +124,7 @@ def temperature(run: Plain) -> None:
     run.temperature = scalar = nn.Parameter(torch.tensor(0.5, device=run.device, dtype=run.dtype))
     groups = list(run.D.parameters()), [scalar]
     pair = sgd(groups[0]), sgd(groups[1])
-    run.owns(*pair)
+    run.count_steps_of(*pair)
     for _, _, (x, z) in run.steps():
         with run.forward_context():
             loss = nn.functional.mse_loss(run.D(x).squeeze(1) * scalar, z.sum(1))
@@ -132,7 +132,7 @@ def temperature(run: Plain) -> None:
             opt.zero_grad()
         run.backward(loss)
         for opt, group in zip(pair, groups, strict=True):
-            run.note(norm=by_norm(group))
+            run.note(norm=clip_norm(group))
             opt.step()
         run.note(temperature=scalar.detach().clone())
 
@@ -163,14 +163,14 @@ def unowned(run: Plain) -> None:
     """G's first bias is frozen though an optimizer holds it; D's last layer trains in no optimizer."""
     run.G.first.bias.requires_grad_(False)
     pair = sgd(run.G.parameters()), adam(run.D.first.parameters())
-    run.owns(*pair)
+    run.count_steps_of(*pair)
     for _, _, (_, z) in run.steps():
         with run.forward_context():
             loss = regression(run.D, run.G(z), z)
         for opt in pair:
             opt.zero_grad()
         run.backward(loss)
-        run.note(norm=by_norm([p for p in run.G.parameters() if p.requires_grad]))
+        run.note(norm=clip_norm([p for p in run.G.parameters() if p.requires_grad]))
         for opt in pair:
             opt.step()
 
@@ -194,11 +194,11 @@ class ParameterGroups(OneOptimizer):
 def parameter_groups(run: Plain) -> None:
     """Two groups with their own learning rates; the norm is that of both together."""
     opt = adam([{"params": run.D.first.parameters()}, {"params": run.D.last.parameters(), "lr": 0.005}])
-    run.owns(opt)
+    run.count_steps_of(opt)
     for _, _, batch in run.steps():
         opt.zero_grad()
         run.backward(forward_regression(run, batch))
-        run.note(norm=by_norm(list(run.D.parameters())), lr=[g["lr"] for g in opt.param_groups])
+        run.note(norm=clip_norm(list(run.D.parameters())), lr=[g["lr"] for g in opt.param_groups])
         opt.step()
 
 

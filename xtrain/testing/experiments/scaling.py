@@ -1,4 +1,4 @@
-"""The fp16 loss scale: overflows, growth, gradients that wait while the scale changes.
+"""The fp16 loss scale: overflows, growth, and gradients that are held while the scale changes.
 
 The loop of `textbook` is the one in torch's documentation, with `GradScaler` and one optimizer. For several
 optimizers no such loop is right, so the others state the result: the gradients are true whatever the scale
@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import ExponentialLR
 from xtrain.testing.comparison import Experiment
 from xtrain.testing.experiments.gan import NCritic
 from xtrain.testing.networks import Batch, d_loss, g_loss, regression, sgd
-from xtrain.testing.oracle import SCALE, Plain, by_norm, forward_regression, gan_optimizers, one_optimizer
+from xtrain.testing.oracle import SCALE, Plain, clip_norm, forward_regression, gan_optimizers, one_optimizer
 from xtrain.testing.recorder import Recorder
 
 BROKEN = (2, 5)
-"""The batches whose gradient overflows, where an experiment injects one."""
+"""The batches whose gradient overflows, where an experiment causes one."""
 
 GROWTH_INTERVAL = 2
 
@@ -123,7 +123,7 @@ def textbook(run: Plain) -> None:
         if index in BROKEN:
             parameters[0].grad = torch.full_like(parameters[0], torch.inf)
         scaler.unscale_(opt)
-        by_norm(parameters)
+        clip_norm(parameters)
         scaler.step(opt)
         scaler.update()
         applied = run.step_count[0] > before
@@ -164,7 +164,7 @@ def overflow_in_one(run: Plain) -> None:
         broken = index in BROKEN
         if not broken:
             g_opt.step()
-        run.note(norm=by_norm(list(run.D.parameters())), scale=scale.value)
+        run.note(norm=clip_norm(list(run.D.parameters())), scale=scale.value)
         d_opt.step()
         run.note(applied=[not broken, True])
         scale.after_step(broken)
@@ -205,7 +205,7 @@ def accumulate_across(run: Plain, broken: bool) -> None:
         if not overflow:
             d_opt.step()
         if (index + 1) % 3 == 0:
-            run.note(norm=by_norm(list(run.G.parameters())))
+            run.note(norm=clip_norm(list(run.G.parameters())))
             g_opt.step()
             g_opt.zero_grad()
         scale.after_step(overflow)
@@ -238,7 +238,7 @@ def clip_then_wait(run: Plain) -> None:
                 err_d = d_loss(run.D, x, run.G(z))
             d_opt.zero_grad()
             run.backward(err_d)
-            run.note(norm=by_norm(list(run.D.parameters())))
+            run.note(norm=clip_norm(list(run.D.parameters())))
         else:
             d_opt.step()
             d_opt.zero_grad()
@@ -295,7 +295,7 @@ def growth_with_inner_loop(run: Plain) -> None:
                 err_d = d_loss(run.D, x * k, run.G(z))
             d_opt.zero_grad()
             run.backward(err_d)
-            run.note(scale=scale.value, norm=by_norm(list(run.D.parameters())))
+            run.note(scale=scale.value, norm=clip_norm(list(run.D.parameters())))
             d_opt.step()
         with run.forward_context():
             err_g = g_loss(run.D, run.G(z))

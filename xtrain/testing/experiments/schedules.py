@@ -1,4 +1,4 @@
-"""Learning rates that the training step moves by hand."""
+"""Learning-rate schedulers that the module steps itself."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ScheduleSometimes(OneOptimizer):
             scheduler.step()
         if self.trainer.is_last_batch and (self.trainer.current_epoch + 1) % 2 == 0:
             scheduler.step()
-        place = [self.current_epoch, batch_idx, self.trainer.is_last_batch]
-        self.note(lr=opt.param_groups[0]["lr"], place=place)
+        position = [self.current_epoch, batch_idx, self.trainer.is_last_batch]
+        self.note(lr=opt.param_groups[0]["lr"], position=position)
 
 
 def schedule_sometimes(run: Plain, steps: int = 3, epochs: int = 2) -> None:
@@ -85,7 +85,7 @@ def schedule_sometimes(run: Plain, steps: int = 3, epochs: int = 2) -> None:
             scheduler.step()
         if index + 1 == len(run.data) and (epoch + 1) % epochs == 0:
             scheduler.step()
-        run.note(lr=opt.param_groups[0]["lr"], place=[epoch, index, index + 1 == len(run.data)])
+        run.note(lr=opt.param_groups[0]["lr"], position=[epoch, index, index + 1 == len(run.data)])
 
 
 class Plateau(OneOptimizer):

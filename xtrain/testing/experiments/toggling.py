@@ -1,4 +1,4 @@
-"""One optimizer at a time: what the other one owns gets no gradient."""
+"""Toggling: while one optimizer is active, the parameters of the others get no gradients."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xtrain.testing.recorder import Recorder
 
 
 class Toggled(Recorder):
-    """D accumulates two batches, shielded from G's loss by one of the spellings of toggling.
+    """D accumulates over two batches; toggling, in one of its spellings, keeps G's loss out of D's gradients.
 
     Args:
         spelling: ``"pair"``, ``"context"`` or ``"model"``.
@@ -64,7 +64,7 @@ class Toggled(Recorder):
 
 
 def toggled(run: Plain) -> None:
-    """D accumulates two batches, shielded from G's loss; one bias of G is frozen by the user."""
+    """D accumulates over two batches without gradients from G's loss; one bias of G is frozen by the user."""
     run.G.first.bias.requires_grad_(False)
     g_opt, d_opt = gan_optimizers(run)
     own_g = [p for p in run.G.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""torch's own optimizer and backward instead of xtrain's: kept where nothing is lost by it, refused elsewhere."""
+"""torch's own optimizer and backward instead of xtrain's: allowed where nothing is lost by it, refused elsewhere."""
 
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
@@ -13,7 +13,7 @@ from xtrain.testing.recorder import OneOptimizer
 
 
 class RawOptimizer(OneOptimizer):
-    """The user's own optimizer steps, where nothing is lost by that."""
+    """The torch optimizer itself steps, past its wrapper."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         opt = self.optimizers().optimizer
@@ -24,7 +24,7 @@ class RawOptimizer(OneOptimizer):
 
 
 def raw_optimizer(run: Plain) -> None:
-    """Steps of the user's own optimizer are invisible to the counters."""
+    """Steps of the torch optimizer itself are not counted."""
     opt = sgd(run.D.parameters())
     run.step_count = [0]
     for _, _, batch in run.steps():
@@ -44,7 +44,7 @@ class DirectBackward(OneOptimizer):
 
 
 def accumulate_once(run: Plain) -> None:
-    """The plainest loop there is."""
+    """One step per batch."""
     accumulate(run, every=1)
 
 
