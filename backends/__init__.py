@@ -1,1 +1,1 @@
-"""The built-in backends, one file each; installed under the import name `xtrain_backends`."""
+"""The built-in backends, a file or a folder each; installed under the import name `xtrain_backends`."""

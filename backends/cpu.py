@@ -8,7 +8,7 @@ import torch
 
 from xtrain.contract import Capabilities
 
-from ._eager import EagerBackend
+from .eager.backend import EagerBackend
 
 
 @final

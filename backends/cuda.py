@@ -9,10 +9,10 @@ from torch import Tensor
 
 from xtrain.contract import Capabilities
 from xtrain.errors import ConfigurationError, explain
-from xtrain.launch import current_launch
+from xtrain.launch.join import current_launch
 from xtrain.rules import Rule, Situation
 
-from ._eager import EagerBackend
+from .eager.backend import EagerBackend
 
 
 def _bf16_missing(situation: Situation) -> str | None:
@@ -32,8 +32,6 @@ class CUDA(EagerBackend):
         pin_memory: copy batches through page-locked memory, so that the copy overlaps with compute.
         broadcast_start: see `EagerBackend`.
         timeout: likewise.
-        overlap: likewise.
-        bucket_mb: likewise.
     """
 
     name = "cuda"
@@ -51,15 +49,8 @@ class CUDA(EagerBackend):
         ),
     )
 
-    def __init__(
-        self,
-        pin_memory: bool = True,
-        broadcast_start: bool = False,
-        timeout: float = 600.0,
-        overlap: bool = False,
-        bucket_mb: float = 25.0,
-    ) -> None:
-        super().__init__(broadcast_start, timeout, overlap, bucket_mb)
+    def __init__(self, pin_memory: bool = True, broadcast_start: bool = False, timeout: float = 600.0) -> None:
+        super().__init__(broadcast_start, timeout)
         self.pin_memory = pin_memory
 
     @classmethod

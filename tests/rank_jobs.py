@@ -5,7 +5,7 @@ import random
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
-from xtrain_backends._averaging import average_gradients
+from xtrain_backends.eager.averaging import average_gradients
 
 from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
 from xtrain.testing.experiments import make_trainer

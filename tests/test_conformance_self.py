@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from xtrain_backends._eager import EagerBackend
+from xtrain_backends.eager.backend import EagerBackend
 
 from xtrain import Capabilities, LightningModule, register_backend
 from xtrain.rules import Rule

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fresh import fresh
 from small import Small, loader
-from xtrain_backends._deepspeed_config import check_precision, engine_config, options_from_environment, read_config
+from xtrain_backends.deepspeed.config import check_precision, engine_config, options_from_environment, read_config
 
 from xtrain import BackendUnavailableError, ConfigurationError, Trainer
 from xtrain.cli import main

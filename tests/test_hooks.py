@@ -105,7 +105,7 @@ def record_all(cls):
     names = [name for base in cls.__mro__[1:-1] for name in vars(base) if name.startswith(("on_", "setup", "teardown"))]
     names += ["prepare_data", "configure_model", "transfer_batch_to_device"] if who == "m" else []
     names += cls.own if who == "m" else []
-    for name in set(names) - {"on_exception", "on_save_checkpoint", "on_load_checkpoint"}:
+    for name in set(names) - {"on_exception"}:
         setattr(cls, name, recording(name, who))
     return cls
 

@@ -3,8 +3,8 @@
 import pytest
 
 from xtrain import ConfigurationError, Trainer
-from xtrain.launcher import Launch, detect_launcher, wanted_processes
-from xtrain.launcher_auto import settle_backend, settle_precision, tell
+from xtrain.launch.auto import settle_backend, settle_precision, tell
+from xtrain.launch.environment import Launch, detect_launcher, wanted_processes
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 PLAIN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **MASTER}
@@ -66,7 +66,7 @@ def test_launchers(row):
     ],
 )
 def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
-    monkeypatch.setattr("xtrain.launcher_auto._told", set())
+    monkeypatch.setattr("xtrain.launch.auto._told", set())
     launch = detect_launcher(environ, parent)
     with pytest.warns(UserWarning, match=f"(?s){says}"):
         tell("cpu", None, None, launch)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtrain import Backend, LightningModule, Trainer
 from xtrain.errors import ConfigurationError
-from xtrain.log import MetricLog
 from xtrain.loggers import Logger
+from xtrain.metrics.log import MetricLog
 
 
 class Recorder(Logger):

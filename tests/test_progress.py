@@ -219,5 +219,5 @@ def test_every_hook_does_nothing_and_says_when_it_runs():
             continue
         parameters = list(inspect.signature(method).parameters.values())[1:]
         result = getattr(callback, name)(*[None for p in parameters if p.default is p.empty])
-        assert result == ({} if name == "state_dict" else None)
+        assert result is None
         assert method.__doc__

@@ -252,8 +252,6 @@ WRONG = {
     ),
     "no precision": ({"capabilities": Capabilities(precisions=frozenset())}, "Received: none."),
 }
-if sys.version_info >= (3, 11):  # before that, typing.final leaves no trace
-    WRONG["final method"] = ({"describe": lambda self: ""}, "Expected describe to be left as it is in the contract.")
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG.values(), ids=WRONG)

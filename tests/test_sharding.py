@@ -11,9 +11,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from xtrain.contract import Collectives
+from xtrain.collectives import Collectives
+from xtrain.data.sharding import common_size, repeat_last, set_epoch, shard_loader
 from xtrain.errors import ConfigurationError
-from xtrain.sharding import common_size, repeat_last, set_epoch, shard_loader
 
 
 class Rank(Collectives):

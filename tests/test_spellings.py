@@ -6,8 +6,8 @@ import pytest
 from small import says, trainer
 
 from xtrain import ConfigurationError, Trainer
+from xtrain.compat import read_backend
 from xtrain.registry import make_backend
-from xtrain.spellings import read_backend
 
 
 @pytest.mark.parametrize(

@@ -170,17 +170,6 @@ def test_toggle_outside_of_a_run():
     says(caught.value, "toggle_optimizer")
 
 
-@pytest.mark.parametrize("sync", [True, False])
-def test_sync_grad_is_seen_inside_only(sync):
-    def body(module):
-        opt = module.optimizers()[0]
-        with opt.toggle_model(sync_grad=sync):
-            assert opt.sync_gradients is sync
-        assert opt.sync_gradients
-
-    inside_a_step(body)
-
-
 def test_sync_grad_trains_the_same_in_one_process():
     class Accumulating(Small):
         def training_step(self, batch, batch_idx):

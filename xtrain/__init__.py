@@ -4,7 +4,7 @@ from xtrain.callbacks import Callback as Callback
 from xtrain.callbacks import ProgressBar as ProgressBar
 from xtrain.contract import Backend as Backend
 from xtrain.contract import Capabilities as Capabilities
-from xtrain.data import LightningDataModule as LightningDataModule
+from xtrain.data.loaders import LightningDataModule as LightningDataModule
 from xtrain.errors import BackendContractError as BackendContractError
 from xtrain.errors import BackendUnavailableError as BackendUnavailableError
 from xtrain.errors import ConfigurationError as ConfigurationError
@@ -16,7 +16,7 @@ from xtrain.errors import RankFailedError as RankFailedError
 from xtrain.errors import UnknownBackendError as UnknownBackendError
 from xtrain.errors import UnsupportedCombinationError as UnsupportedCombinationError
 from xtrain.errors import XTrainError as XTrainError
-from xtrain.launch import rank_zero_only as rank_zero_only
+from xtrain.launch.join import rank_zero_only as rank_zero_only
 from xtrain.module import LightningModule as LightningModule
 from xtrain.optimizer import LightningOptimizer as LightningOptimizer
 from xtrain.registry import register_backend as register_backend

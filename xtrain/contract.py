@@ -13,21 +13,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from xtrain.errors import ConfigurationError, explain
+from xtrain.collectives import Collectives as Collectives
 from xtrain.precision import Precision
+from xtrain.tensors import map_tensors as map_tensors
 
 if TYPE_CHECKING:
     from xtrain.optimizer import LightningOptimizer
     from xtrain.rules import Rule
-
-T = TypeVar("T")
-ReduceOp = Literal["mean", "sum", "max", "min"]
 
 
 @dataclass(frozen=True)
@@ -51,38 +49,6 @@ class Capabilities:
     asynchronous: bool = True
     multi_process: bool = False
     inference_mode: bool = True
-
-
-class Collectives:
-    """Communication between the processes (or replicas) of a run; this class is a run of one.
-
-    Every method must be called by all ranks. Tensors keep shape, dtype and device unless said
-    otherwise.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
-        """Return the reduction of `tensor` over the ranks; `tensor` is left alone."""
-        return tensor
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' tensors, shape ``(world_size, *tensor.shape)``."""
-        return tensor.unsqueeze(0)
-
-    def broadcast(self, value: T, source: int = 0) -> T:
-        """Return `value` (a tensor or any picklable object) of rank `source`."""
-        return value
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
-    def all_true(self, flag: bool) -> Callable[[], bool]:
-        """Start asking whether `flag` holds on every rank; the returned function waits for the answer."""
-        lowest = self.all_reduce(torch.tensor(float(flag)), "min")
-        return lambda: bool(lowest.item())
 
 
 class Backend(ABC):
@@ -121,11 +87,6 @@ class Backend(ABC):
     @abstractmethod
     def available(cls) -> str | None:
         """Return None if the backend can run here, else the reason and what to do about it."""
-
-    @classmethod
-    def place(cls) -> int | None:
-        """Return the rank of this process or thread, if it was started without ``RANK`` in the environment."""
-        return None
 
     @abstractmethod
     def launch(self) -> None:
@@ -224,41 +185,3 @@ class Backend(ABC):
 
     def teardown(self) -> None:  # noqa: B027  # nor anything to release
         """Release what `launch` and the setups took. Called once, also after an exception."""
-
-    @final
-    def describe(self) -> str:
-        """Return name, device and precision in one line."""
-        return f"backend={self.name} device={self.device} precision={self.precision.name}"
-
-
-def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
-    """Return `data` with `function` applied to each tensor in nested dicts, sequences and dataclasses.
-
-    Containers keep their type (namedtuples too). An object with a ``to`` method that is no tensor
-    is left to the user's ``transfer_batch_to_device``.
-    """
-    if isinstance(data, Tensor):
-        return function(data)
-    if isinstance(data, dict):
-        items = {key: map_tensors(function, value) for key, value in data.items()}
-        return items if type(data) is dict else type(data)(items)
-    if isinstance(data, (list, tuple)):
-        values = [function(v) if isinstance(v, Tensor) else map_tensors(function, v) for v in data]
-        return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
-    if is_dataclass(data) and not isinstance(data, type):
-        return replace(data, **{f.name: map_tensors(function, getattr(data, f.name)) for f in fields(data) if f.init})
-    return data
-
-
-def check_clip_value(value: Any) -> float:
-    """Return `value` as a float.
-
-    Raises:
-        ConfigurationError: unless it is a finite number of at least 0, or infinity (measure only).
-    """
-    fix = "self.clip_gradients(opt, gradient_clip_val=1.0)"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigurationError(explain("a number as gradient_clip_val", f"{value!r} ({type(value).__name__})", fix))
-    if not value > 0:  # also catches NaN
-        raise ConfigurationError(explain("a gradient_clip_val above zero", value, fix))
-    return float(value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from xtrain.contract import map_tensors
+from xtrain.tensors import map_tensors
 
 if TYPE_CHECKING:
     import torch

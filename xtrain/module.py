@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from xtrain.contract import map_tensors
+from xtrain.collectives import gather
 from xtrain.errors import ConfigurationError, ProtocolError, explain
-from xtrain.gather import gather
 from xtrain.hooks import ModuleHooks
 from xtrain.hparams import HyperParameters, read_hyperparameters
 from xtrain.optimizer import GradientLife, LightningOptimizer
+from xtrain.tensors import map_tensors
 
 if TYPE_CHECKING:
     from xtrain.trainer import Trainer
@@ -260,7 +260,7 @@ class LightningModule(ModuleHooks, nn.Module):
     # ---------------------------------------------------------------- logging and collectives
 
     def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a metric without waiting for the device; see `xtrain.log.MetricLog.log_dict` for the options."""
+        """Record a metric without waiting for the device; options as in `MetricLog.log_dict`."""
         self.trainer.metrics.log(name, value, prog_bar=prog_bar, **options)
 
     def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from xtrain.contract import Backend, check_clip_value
+from xtrain.checks import check_clip_value
+from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, NonFiniteLossError, ProtocolError, explain
 from xtrain.toggle import ToggleStack
 
@@ -141,7 +142,6 @@ class LightningOptimizer:
         applied: whether the last `step` updated parameters (an fp16 overflow skips it).
         step_count: steps that were applied.
         skipped_steps: steps that were skipped because a gradient overflowed.
-        sync_gradients: False while ``toggle_model(sync_grad=False)`` is active.
     """
 
     def __init__(self, optimizer: Optimizer, life: GradientLife) -> None:
@@ -150,7 +150,6 @@ class LightningOptimizer:
         self.applied = False
         self.step_count = 0
         self.skipped_steps = 0
-        self.sync_gradients = True
         self._stepping = False
         self._zeros: list[Any] | None = None  # versions of the gradients that zero_grad filled with zeros
         self._life = life
@@ -310,11 +309,9 @@ class LightningOptimizer:
                 communicates when a gradient is first needed, so both values train the same.
         """
         self._life.toggles.push(self)
-        self.sync_gradients = sync_grad
         try:
             yield
         finally:
-            self.sync_gradients = True
             self._life.toggles.pop(self)
 
 

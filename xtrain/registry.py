@@ -13,7 +13,6 @@ entry points), so it works without an install and never sees a stale one.
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -113,17 +112,6 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
     return cls(**options)
 
 
-def rank_of_thread() -> int | None:
-    """Return the rank that a backend knows this process or thread to have; see `Backend.place`."""
-    asked = dict.fromkeys([*_built_in_backends(), *_validated])  # other packages' backends cost an import
-    return next((rank for cls in asked if (rank := cls.place()) is not None), None)
-
-
-@functools.cache
-def _built_in_backends() -> tuple[type[Backend], ...]:
-    return tuple(get_backend_class(name) for name, entry in _entry_points().items() if _is_built_in(entry))
-
-
 def register_backend(cls: B) -> B:
     """Register a backend class in code, under its ``name``; usable as a decorator.
 
@@ -176,9 +164,7 @@ def _wrong_signatures(cls: type[Backend]) -> Iterator[str]:
         override = inspect.getattr_static(cls, name)
         if name.startswith("_") or not inspect.isroutine(contract) or override is contract:
             continue
-        if getattr(contract, "__final__", False):
-            yield f"Expected {name} to be left as it is in the contract. Received: an override."
-        elif not _agrees(getattr(cls, name), getattr(Backend, name)):
+        if not _agrees(getattr(cls, name), getattr(Backend, name)):
             yield f"Expected {_quote(Backend, name)}. Received: {_quote(cls, name)}."
 
 

@@ -9,24 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
-from xtrain.automatic import AutomaticStep
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
-from xtrain.contract import Backend, check_clip_value
-from xtrain.data import LightningDataModule, as_loaders, empty_loader, find_loader, make_transfer
+from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
+from xtrain.compat import read_backend
+from xtrain.contract import Backend
+from xtrain.data.loaders import LightningDataModule, as_loaders, empty_loader, find_loader, make_transfer
+from xtrain.data.sharding import shard_loader
 from xtrain.errors import ConfigurationError, explain
-from xtrain.evaluation import accept_arguments, evaluate
-from xtrain.launcher_auto import settle
-from xtrain.log import MetricLog
+from xtrain.launch.auto import settle
 from xtrain.loggers import as_loggers
+from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
-from xtrain.plan import FitPlan, plan_fit
 from xtrain.registry import make_backend
-from xtrain.running import running
-from xtrain.sharding import shard_loader
-from xtrain.spellings import check_choice, check_count, check_interval, check_limit, read_backend
-from xtrain.state import TrainerState
+from xtrain.run.automatic import AutomaticStep
+from xtrain.run.evaluation import accept_arguments, evaluate
+from xtrain.run.plan import FitPlan, plan_fit
+from xtrain.run.setup import running
+from xtrain.run.state import TrainerState
 
 
 class Trainer(TrainerState):

@@ -26,9 +26,3 @@ class TestTwoProcesses(BackendConformance):
 
     def launch(self, job):
         return self.ranks.run(job)
-
-
-class TestTwoProcessesWithOverlap(TestTwoProcesses):
-    """The same, with averages that start in backward: buckets of 100 bytes, as the networks are small."""
-
-    options: ClassVar = {"overlap": True, "bucket_mb": 1e-4}

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from xtrain_backends._eager import EagerBackend
 from xtrain_backends.cuda import CUDA
+from xtrain_backends.eager.backend import EagerBackend
 
 from xtrain import ConfigurationError, register_backend
 from xtrain.testing import BackendConformance

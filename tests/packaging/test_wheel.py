@@ -49,7 +49,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def test_wheel_has_every_file_and_nothing_else(wheel):
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "xtrain").rglob("*.py")}
-    wanted |= {f"xtrain_backends/{path.name}" for path in (ROOT / "backends").glob("*.py")}
+    wanted |= {f"xtrain_{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "backends").rglob("*.py")}
     wanted |= {"xtrain/py.typed", "xtrain_backends/py.typed"}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == wanted

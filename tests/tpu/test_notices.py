@@ -11,7 +11,7 @@ import torch_xla
 from counting import Count
 from torch import nn
 from torch.utils.data import DataLoader
-from xtrain_backends._xla_guard import RecompileError
+from xtrain_backends.xla.guard import RecompileError
 
 from xtrain import LightningModule, Trainer, errors
 from xtrain.testing.experiments.accumulation import AccumulateApart

@@ -174,18 +174,3 @@ class Callback:
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Before the raw `optimizer` steps; its gradients are averaged and unscaled."""
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep of this callback: tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Before `checkpoint` is written; it may be changed."""
-
-    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """After `checkpoint` was read, before it is used."""

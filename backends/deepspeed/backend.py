@@ -1,0 +1,267 @@
+"""The ``deepspeed`` backend: ZeRO 0 to 3, one engine per optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from xtrain.contract import Backend, Capabilities
+from xtrain.errors import ConfigurationError, explain
+from xtrain.optimizer import LightningOptimizer
+from xtrain.precision import LossScaler, rescale_gradients
+
+from ..eager.process_group import join_processes, random_stream
+from ..eager.replicas import check_module, check_optimizers
+from .config import check_precision, engine_config, read_config
+from .engine import OptimizerEngine
+from .rules import RULES
+from .sharding import ShardedModule, Undo
+
+
+@final
+class DeepSpeed(Backend):
+    """Trains with DeepSpeed: each optimizer of ``configure_optimizers`` becomes an engine of its own.
+
+    The module stays the user's and is called directly. Gradients are whole and local until they are
+    clipped or stepped; optimizer state (stage 1 and up) and parameters (stage 3) are partitioned.
+
+    Args:
+        stage: ZeRO stage, 0 to 3; default: the `config`'s, else 2.
+        offload_optimizer: where optimizer state lives: ``"cpu"``, a dict of DeepSpeed's options, or None
+            for the device.
+        offload_param: likewise for the parameters of stage 3.
+        config: a DeepSpeed configuration, as a dict or the path of a JSON file. What xtrain or the
+            Trainer owns (accumulation, clipping, precision, batch size) may be left out, ``"auto"``,
+            or agree.
+        timeout: seconds that a process waits for the others before it gives up.
+
+    Raises:
+        ConfigurationError: for what DeepSpeed would ignore, misread or do twice.
+    """
+
+    name = "deepspeed"
+    capabilities = Capabilities(
+        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
+        reevaluating_closures=False,
+        shared_parameters=False,
+        multi_process=True,
+    )
+    rules = RULES
+
+    def __init__(
+        self,
+        stage: int | None = None,
+        offload_optimizer: str | Mapping[str, Any] | None = None,
+        offload_param: str | Mapping[str, Any] | None = None,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_param": offload_param}
+        self.config = read_config(given, config, os.environ)
+        self.stage: int = self.config["zero_optimization"]["stage"]
+        self.timeout = timedelta(seconds=timeout)
+        self.scaler: LossScaler | None = None
+        self._engines: dict[int, OptimizerEngine] = {}
+        self._sharded: ShardedModule | None = None
+        self._undo: Undo | None = None
+
+    # ---------------------------------------------------------------- start-up
+
+    @classmethod
+    def available(cls) -> str | None:
+        if find_spec("deepspeed") is None:
+            return "deepspeed is not installed; pip install 'xtrain[deepspeed]'"
+        wanted = os.environ.get("DS_ACCELERATOR")
+        if wanted not in (None, "cpu", "cuda"):
+            return f"DS_ACCELERATOR={wanted} is not supported here; export DS_ACCELERATOR=cuda, or cpu"
+        if wanted == "cuda" and not torch.cuda.is_available():
+            return "DS_ACCELERATOR=cuda, but no CUDA device is visible; export DS_ACCELERATOR=cpu"
+        return None
+
+    def launch(self) -> None:
+        check_precision(self.config, self.precision)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the only device there is
+        on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+        # DeepSpeed insists on this variable, also without any launcher.
+        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+        self.device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+        if not on_cpu:
+            torch.cuda.set_device(self.device)
+        kind: Literal["gloo", "nccl"] = "gloo" if on_cpu else "nccl"
+        self.collectives = join_processes(kind, self.device, devices=self.devices, always=True, timeout=self.timeout)
+        _start_deepspeed(kind, self.config["zero_optimization"])
+
+    def setup_module(self, module: nn.Module) -> None:
+        module.to(self.device, self.precision.parameter_dtype)
+        if self.collectives.world_size > 1:
+            check_module(module, self.collectives, broadcast_start=True)
+
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+        if self.precision.loss_scaling and self.scaler is None:
+            self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        owned = [_named(optimizer, names) for optimizer in optimizers]
+        if self.collectives.world_size > 1:
+            check_optimizers(module, optimizers, self.collectives)
+        if not optimizers:
+            return
+        if self.stage:
+            partitioned = [names] if self.stage == 3 else [{p: n for n, p in named.items()} for named in owned]
+            _check_dtypes(partitioned, self.precision.parameter_dtype or torch.float32)
+        self._undo = Undo(module)
+        if self.stage == 3:
+            self._sharded = ShardedModule(module, engine_config(self.config, names, self.precision))
+        self._engines = {
+            id(optimizer): OptimizerEngine(
+                optimizer,
+                named,
+                engine_config(self.config, named.values(), self.precision),
+                self.collectives,
+                self.device,
+            )
+            for optimizer, named in zip(optimizers, owned, strict=True)
+        }
+        if self._sharded is not None:
+            self._sharded.hold()
+
+    def random_stream(self) -> AbstractContextManager[None]:
+        return random_stream(self.collectives, self.device)
+
+    def teardown(self) -> None:
+        if self._sharded is not None:
+            self._sharded.restore()
+        for engine in self._engines.values():
+            engine.destroy()
+        if self._undo is not None:
+            self._undo.restore()
+        self._engines, self._sharded, self._undo = {}, None, None
+
+    # ---------------------------------------------------------------- the life of a gradient
+
+    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
+        self._engines[id(optimizer)].zero_grad(set_to_none)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        with self.precision.suspended(self.device.type):
+            if self._sharded is None:
+                loss.backward(*args, **kwargs)
+            else:
+                retained = bool(kwargs.get("retain_graph") or kwargs.get("create_graph") or any(args[1:3]))
+                self._sharded.backward(lambda: loss.backward(*args, **kwargs), retained)
+
+    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
+        scale = None if self.scaler is None else self.scaler.current_scale
+        self._engines[id(optimizer)].finalize(scale)
+
+    def clip_gradients(
+        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
+    ) -> Tensor:
+        return self._engines[id(optimizer)].clip(value, algorithm)
+
+    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        engine = self._engines[id(optimizer)]
+        if self._sharded is not None:
+            self._sharded.release(engine.parameters)
+        with self.precision.suspended(self.device.type):
+            applied = engine.step()
+        if self.scaler is not None:
+            self.scaler.record(engine.overflowed)
+        if self._sharded is not None:
+            self._sharded.hold()
+        return None, applied
+
+    def step_boundary(self) -> None:
+        if self._sharded is not None:
+            self._sharded.step_boundary()
+        if self.scaler is None:
+            return
+        ratio = self.scaler.update_once()
+        for engine in self._engines.values():
+            if engine.gradients is None:  # what is finalized has lost the scale
+                rescale_gradients(engine.parameters, ratio)
+
+    # ---------------------------------------------------------------- where DeepSpeed differs
+
+    def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Gather `module` under ZeRO 3; what is written to its parameters inside lasts, on every stage."""
+        return nullcontext() if self._sharded is None else self._gathered(self._sharded, module)
+
+    @contextmanager
+    def _gathered(self, sharded: ShardedModule, module: nn.Module) -> Iterator[None]:
+        with sharded.gathered(module):
+            yield
+        for engine in self._engines.values():
+            engine.adopt_writes()
+
+    def parameters_of(self, optimizer: LightningOptimizer) -> list[Tensor]:
+        engine = self._engines.get(id(optimizer))
+        return super().parameters_of(optimizer) if engine is None else list(engine.every_parameter)
+
+    def has_gradients(self, optimizer: LightningOptimizer) -> bool:
+        return self._engines[id(optimizer)].has_gradients
+
+    def unseen_gradient(self) -> str | None:
+        return "the averaging over processes, the loss scale and the partitioned step of DeepSpeed"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _start_deepspeed(kind: str, zero: dict[str, Any]) -> None:
+    import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils import logger
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        fix = "https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training lists the keys"
+        raise ConfigurationError(explain("zero_optimization as DeepSpeed reads it", str(error), fix)) from error
+
+    logger.setLevel(logging.ERROR)
+    # Communication through shared memory would compile an operator, for minutes, at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=kind, auto_mpi_discovery=False, verbose=False)
+
+
+def _named(optimizer: LightningOptimizer, names: Mapping[Any, str]) -> dict[str, nn.Parameter]:
+    named: dict[str, Any] = {}
+    for parameter in optimizer.parameters:
+        if parameter not in names:
+            raise ConfigurationError(
+                explain(
+                    f"{optimizer!r} to hold parameters of the module, which DeepSpeed partitions",
+                    f"a tensor of shape {tuple(parameter.shape)} that is not among module.parameters()",
+                    "self.image = torch.nn.Parameter(image) in __init__, Adam([self.image]) in configure_optimizers",
+                )
+            )
+        named[names[parameter]] = parameter
+    return named
+
+
+def _check_dtypes(partitioned: Iterable[Mapping[Any, str]], dtype: torch.dtype) -> None:
+    for names in partitioned:
+        for parameter, name in names.items():
+            if parameter.dtype != dtype:
+                raise ConfigurationError(
+                    explain(
+                        f"parameters of {dtype}, which DeepSpeed keeps together in flat buffers",
+                        f"{name} of {parameter.dtype}",
+                        "module.float() before the fit, or DeepSpeed(stage=0)",
+                    )
+                )

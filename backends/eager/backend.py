@@ -1,0 +1,147 @@
+"""The verbs of a backend whose tensors compute when asked: what CPU and CUDA have in common.
+
+Several processes are replicas: each computes the gradients of its share of the batch, which are averaged
+when they are first needed. No wrapper stands around the module, so the training step may call whatever
+it likes, as often as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xtrain.contract import Backend
+from xtrain.optimizer import LightningOptimizer, Phase
+from xtrain.precision import LossScaler, rescale_gradients
+from xtrain.rules import reevaluates_closure
+
+from .averaging import average_gradients
+from .process_group import join_processes, random_stream
+from .replicas import check_module, check_optimizers
+
+
+class EagerBackend(Backend):
+    """Backward, clip and step of plain PyTorch, with the loss scaler for several optimizers.
+
+    Args:
+        broadcast_start: take the parameters of rank 0 on every rank, instead of refusing to start with
+            different ones.
+        timeout: seconds that a process waits for the others before it gives up.
+    """
+
+    scaler: LossScaler | None = None
+    _optimizers: Sequence[LightningOptimizer] = ()
+    _width: int = 0  # parameters of the largest optimizer
+    _replicated: bool = False  # whether there are other processes
+    _unscaled: frozenset[int] = frozenset()  # ids of optimizers whose gradients have lost the loss scale
+
+    def __init__(self, broadcast_start: bool = False, timeout: float = 600.0) -> None:
+        self.broadcast_start = broadcast_start
+        self.timeout = timedelta(seconds=timeout)
+
+    def _join(self, kind: Literal["gloo", "nccl"]) -> None:
+        self.collectives = join_processes(kind, self.device, devices=self.devices, timeout=self.timeout)
+        self._replicated = self.collectives.world_size > 1
+
+    def setup_module(self, module: nn.Module) -> None:
+        if self._replicated:
+            check_module(module, self.collectives, self.broadcast_start)
+        module.to(self.device, self.precision.parameter_dtype)
+
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+        self._optimizers = optimizers
+        self._unscaled = frozenset()
+        if self._replicated:
+            check_optimizers(module, optimizers, self.collectives)
+            self._width = max((len(o.parameters) for o in optimizers), default=0)
+        if self.precision.loss_scaling and self.scaler is None:
+            self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+
+    def random_stream(self) -> AbstractContextManager[None]:
+        return random_stream(self.collectives, self.device)
+
+    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
+        optimizer.optimizer.zero_grad(set_to_none)
+        if self.scaler is not None:
+            self.scaler.forget(optimizer.optimizer)
+            self._unscaled -= {id(optimizer)}
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.precision.name == "32-true":  # the common case costs nothing
+            loss.backward(*args, **kwargs)
+            return
+        if self.scaler is not None:
+            self._restore_scale(self.scaler)
+            loss = self.scaler.scale(loss)
+        with self.precision.suspended(self.device.type):
+            loss.backward(*args, **kwargs)
+
+    def _restore_scale(self, scaler: LossScaler) -> None:
+        """Give what is left from an earlier step its scale back, before scaled gradients are added."""
+        for optimizer in self._optimizers:
+            if id(optimizer) in self._unscaled and optimizer.phase is Phase.STEPPED:
+                rescale_gradients(optimizer.parameters, scaler.current_scale)
+                self._unscaled -= {id(optimizer)}
+
+    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
+        if self._replicated:  # an overflow on one rank is one on all of them after this
+            position = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+            average_gradients(optimizer.parameters, position, self._width)
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer.optimizer)
+            self._unscaled |= {id(optimizer)}
+
+    def clip_gradients(
+        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
+    ) -> Tensor:
+        if algorithm == "norm":
+            return nn.utils.clip_grad_norm_(optimizer.parameters, value)
+        norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
+        nn.utils.clip_grad_value_(optimizer.parameters, value)
+        return norm
+
+    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        if self.scaler is not None and not self.scaler.may_step(optimizer.optimizer):
+            return None, False
+        if closure is not None and self._replicated and reevaluates_closure(optimizer.optimizer):
+            closure = self._averaged(closure)
+        if self.precision.name == "32-true":  # as in backward
+            return optimizer.optimizer.step(closure), True
+        with self.precision.suspended(self.device.type):
+            return optimizer.optimizer.step(closure), True
+
+    def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return `closure` with the mean of its loss: a line search must decide the same on every rank."""
+
+        def evaluate() -> Tensor:
+            loss = closure()
+            local = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), device=self.device)
+            return self.collectives.all_reduce(local)
+
+        return evaluate
+
+    def step_boundary(self) -> None:
+        if self.scaler is None:
+            return
+        ratio = self.scaler.update_once()
+        if ratio != 1.0:
+            for optimizer in self._optimizers:
+                if id(optimizer) not in self._unscaled:
+                    rescale_gradients(optimizer.parameters, ratio)
+
+    def unseen_gradient(self) -> str | None:
+        lost = ["the average over processes"] if self._replicated else []
+        lost += [] if self.scaler is None else ["the loss scale"]
+        return " and ".join(lost) or None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,127 @@
+"""Several replicas of a run, one per device, each in a process or thread that a launcher started.
+
+A rehearsal on the CPU runs them as threads, and its runtime wants more order than a TPU: graphs are
+launched one thread at a time, and all threads meet afterwards. `Meeting` brings that about.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from xtrain.collectives import Collectives, ReduceOp
+
+from .runtime import Runtime
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """Where the replicas of one process meet. There is one per process: threads share nothing else of a run.
+
+    Attributes:
+        lock: held while a graph is launched.
+    """
+
+    _shared: Meeting | None = None
+    _making = threading.Lock()
+    _PATIENCE = 600.0  # seconds; another replica may be compiling
+
+    def __init__(self, count: int) -> None:
+        self.lock = threading.Lock()
+        self._barrier = threading.Barrier(count)
+
+    @classmethod
+    def of_process(cls, count: int) -> Meeting:
+        """Return the meeting of this process for `count` threads; a new one if the last one broke up."""
+        with cls._making:
+            if cls._shared is None or cls._shared._barrier.broken or cls._shared._barrier.parties != count:
+                cls._shared = cls(count)
+            return cls._shared
+
+    def launch(self, sync: Callable[[], None]) -> None:
+        """Wait for the others, call `sync` alone, then wait again: a collective gives up after ten seconds."""
+        self._barrier.wait(self._PATIENCE)
+        with self.lock:
+            sync()
+        self._barrier.wait(self._PATIENCE)
+
+    def leave(self) -> None:
+        """Wake the others with an error: this replica will not come again."""
+        self._barrier.abort()
+
+
+class Replicas(Collectives):
+    """Communication between replicas, traced into the graph like any computation."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.rank = runtime.xr.global_ordinal()
+        self.local_rank = runtime.xr.local_ordinal()
+        self.world_size = runtime.xr.world_size()
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
+        kind, scale = ("sum", 1.0 / self.world_size) if op == "mean" else (op, 1.0)
+        (reduced,) = self._runtime.all_reduce(kind, [self._here(tensor).clone()], scale)
+        return self._settled(reduced).to(tensor.device)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        mine = torch.arange(self.world_size).view(-1, *[1] * tensor.dim()) == self.rank
+        return self._sum_where(mine, tensor)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        if isinstance(value, Tensor):
+            return self._from(source, value)  # type: ignore[return-value]  # a tensor, as was given
+        data = pickle.dumps(value)
+        size = int(self.all_reduce(torch.tensor(len(data)), "max"))
+        padded = torch.tensor(list(data.ljust(size, b"\0")), dtype=torch.int32)
+        return pickle.loads(bytes(self._from(source, padded).tolist()))  # type: ignore[no-any-return]
+
+    def barrier(self) -> None:
+        self.all_reduce(torch.zeros(1), "sum").cpu()
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each gradient by its mean over the replicas.
+
+        What is reduced is a copy: XLA leaves a gradient alone that was changed in place before, as by
+        clipping or by a second backward.
+        """
+        held = [p for p in parameters if p.grad is not None]
+        copies = [p.grad.detach().clone() for p in held if p.grad is not None]
+        for parameter, mean in zip(held, self._runtime.all_reduce("sum", copies, 1.0 / self.world_size), strict=True):
+            parameter.grad = mean
+
+    def share_module(self, module: nn.Module) -> None:
+        """Give every replica the parameters and buffers of rank 0."""
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensor.copy_(self._from(0, tensor))
+
+    def _from(self, source: int, tensor: Tensor) -> Tensor:
+        """Return the tensor of rank `source`."""
+        return self._sum_where(torch.tensor(self.rank == source), tensor)
+
+    def _sum_where(self, mine: Tensor, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks of `tensor` where `mine`, 0 elsewhere.
+
+        Every rank traces the same graph, in which its number is data: graphs that differ would not meet.
+        """
+        mask, here = self._here(mine), self._here(tensor)
+        number = here.to(torch.int32) if here.dtype is torch.bool else here
+        (total,) = self._runtime.all_reduce("sum", [torch.where(mask, number, torch.zeros_like(number))], 1.0)
+        return self._settled(total).to(tensor.device, tensor.dtype)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` on the device as data: ``to`` makes a 0 or 1 part of the graph."""
+        return tensor.detach() if tensor.device.type == "xla" else self._runtime.to_device([tensor])[0]
+
+    def _settled(self, tensor: Tensor) -> Tensor:
+        """In a rehearsal compute `tensor` now, while the threads are together; a TPU can do that later."""
+        if self._runtime.rehearsal:
+            self._runtime.sync()
+        return tensor

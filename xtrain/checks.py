@@ -1,0 +1,56 @@
+"""Checks of arguments, each with an error that says what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtrain.errors import ConfigurationError, explain
+
+
+def check_count(flag: str, value: Any, least: int) -> Any:
+    """Return `value`, which is None (if that is the default) or an int of at least `least`."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return value
+    fix = f"Trainer({flag}={max(least, 1)})"
+    raise ConfigurationError(explain(f"{flag} as an int of at least {least}", repr(value), fix))
+
+
+def check_limit(flag: str, value: Any) -> Any:
+    """Return `value`, which is None, a number of batches, or a fraction in [0, 1]."""
+    if isinstance(value, float) and 0.0 <= value <= 1.0:
+        return value
+    if isinstance(value, float) or not (value is None or isinstance(value, int)):
+        fix = f"Trainer({flag}=10) or Trainer({flag}=0.5)"
+        raise ConfigurationError(explain(f"{flag} as a number of batches or a fraction in [0, 1]", repr(value), fix))
+    return check_count(flag, value, 0)
+
+
+def check_interval(value: Any, epochs: int | None) -> Any:
+    """Return ``val_check_interval``, which is None, at least one batch, or a fraction in (0, 1]."""
+    fix = "Trainer(val_check_interval=100) or Trainer(val_check_interval=0.25)"
+    if epochs is None and not isinstance(value, int):
+        raise ConfigurationError(explain("a number of batches with check_val_every_n_epoch=None", repr(value), fix))
+    if value is not None and check_limit("val_check_interval", value) <= 0:
+        raise ConfigurationError(explain("val_check_interval above 0", repr(value), fix))
+    return value
+
+
+def check_choice(flag: str, value: str | None, *choices: str) -> Any:
+    """Return `value`, which is None or one of `choices`."""
+    if value is None or value in choices:
+        return value
+    raise ConfigurationError(explain(f"{flag} out of {choices}", repr(value), f"Trainer({flag}={choices[0]!r})"))
+
+
+def check_clip_value(value: Any) -> float:
+    """Return `value` as a float.
+
+    Raises:
+        ConfigurationError: unless it is a finite number of at least 0, or infinity (measure only).
+    """
+    fix = "self.clip_gradients(opt, gradient_clip_val=1.0)"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigurationError(explain("a number as gradient_clip_val", f"{value!r} ({type(value).__name__})", fix))
+    if not value > 0:  # also catches NaN
+        raise ConfigurationError(explain("a gradient_clip_val above zero", value, fix))
+    return float(value)

@@ -1,0 +1,202 @@
+"""Each rank reads its part of the data, and all ranks make the same number of steps."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    get_worker_info,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from xtrain.collectives import Collectives
+from xtrain.data.loaders import END
+from xtrain.errors import ConfigurationError, explain
+
+_COPIED = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+def shard_loader(loader: Any, ranks: Collectives) -> Any:
+    """Return `loader` for this rank: a DataLoader reads its part, anything else is left alone.
+
+    The parts of a map-style dataset are made by `torch.utils.data.DistributedSampler`: equally long
+    (a few samples are repeated) and, if the loader shuffles, in an order seeded by the epoch. A
+    custom sampler keeps its order and is split. An `IterableDataset` is split item by item over ranks
+    and workers, unless it says ``sharded = True``. A sampler that is distributed already stays.
+
+    Args:
+        loader: what the user gave; its ``batch_size`` is per rank.
+        ranks: the processes of the run.
+
+    Raises:
+        ConfigurationError: if the loader is of a class that cannot be made anew.
+    """
+    if ranks.world_size == 1 or not isinstance(loader, DataLoader):
+        return loader
+    if isinstance(loader.dataset, IterableDataset):
+        if getattr(loader.dataset, "sharded", False):
+            return loader
+        items = _PartOfIterable(loader.dataset, ranks.rank, ranks.world_size)
+        return _rebuilt(loader, dataset=items, batch_size=loader.batch_size, drop_last=loader.drop_last)
+    batches: Any = loader.batch_sampler
+    if any(hasattr(s, "num_replicas") for s in (loader.sampler, batches, getattr(batches, "sampler", None))):
+        return loader
+    if batches is None:
+        return _rebuilt(loader, batch_size=None, sampler=_part_of(loader.sampler, loader.dataset, ranks))
+    if type(batches) is BatchSampler:
+        part = _part_of(batches.sampler, loader.dataset, ranks)
+        return _rebuilt(loader, sampler=part, batch_size=batches.batch_size, drop_last=batches.drop_last)
+    return _rebuilt(loader, batch_sampler=_part_of(batches, None, ranks))  # whole batches go to ranks
+
+
+def _part_of(sampler: Any, dataset: Any, ranks: Collectives) -> DistributedSampler[Any]:
+    seed = int(os.environ.get("XTRAIN_SEED", "0"))
+    if type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == len(dataset):
+        shuffle = type(sampler) is RandomSampler
+        return DistributedSampler(dataset, ranks.world_size, ranks.rank, shuffle=shuffle, seed=seed)
+    return _PartOfSampler(sampler, ranks.world_size, ranks.rank, seed)
+
+
+class _PartOfSampler(DistributedSampler[Any]):
+    """This rank's part of the order in which any sampler, or batch sampler, would visit the data."""
+
+    def __init__(self, sampler: Any, world_size: int, rank: int, seed: int) -> None:
+        super().__init__(range(len(sampler)), world_size, rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the order of the next iteration."""
+        super().set_epoch(epoch)
+        _set_epoch(self.sampler, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A sampler without a generator of its own draws from torch's: all ranks must draw the same.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            order = list(self.sampler)
+        return (order[position] for position in super().__iter__())
+
+
+class _PartOfIterable(IterableDataset[Any]):
+    """Every n-th item of an iterable dataset, n being ranks times loader workers."""
+
+    def __init__(self, dataset: Any, rank: int, world_size: int) -> None:
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on."""
+        _set_epoch(self.dataset, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        start = worker * self.world_size + self.rank  # neighbours go to different ranks
+        return itertools.islice(iter(self.dataset), start, None, self.world_size * workers)
+
+
+def _rebuilt(loader: DataLoader[Any], **changed: Any) -> Any:
+    settings = {name: getattr(loader, name) for name in _COPIED}
+    if loader.num_workers == 0:
+        del settings["prefetch_factor"], settings["multiprocessing_context"]
+    try:
+        return type(loader)(**{"dataset": loader.dataset, **settings, **changed})
+    except TypeError as error:
+        name = type(loader).__name__
+        fix = f"{name}(..., sampler=torch.utils.data.DistributedSampler(dataset))"
+        raise ConfigurationError(explain(f"{name} to take DataLoader's arguments", str(error), fix)) from error
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell every part of `loader` that asks for it which epoch begins."""
+    batches = getattr(loader, "batch_sampler", None)
+    for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+        _set_epoch(part, epoch)
+    _set_epoch(getattr(loader, "dataset", None), epoch)
+
+
+def _set_epoch(part: Any, epoch: int) -> None:
+    if hasattr(part, "set_epoch"):
+        part.set_epoch(epoch)
+
+
+def common_size(size: int | None, ranks: Collectives, uneven: str) -> int | None:
+    """Return the number of batches all ranks will read, None if a rank cannot tell beforehand.
+
+    Args:
+        size: this rank's number of batches.
+        ranks: the processes of the run.
+        uneven: ``"drop"`` takes the smallest, ``"finish"`` the largest.
+    """
+    if ranks.world_size == 1:
+        return size
+    local = torch.tensor([-1 if size is None else size])
+    sizes = [int(s) for s in ranks.all_gather(local).flatten()]
+    if -1 in sizes:
+        return None
+    return min(sizes) if uneven == "drop" else max(sizes)
+
+
+def repeat_last(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches, then the last one again and again; nothing if there are none."""
+    last: Any = END
+    for last in batches:  # used after the loop
+        yield last
+    while last is not END:
+        yield last
+
+
+def agreed(batches: Iterable[Any], ranks: Collectives, uneven: str) -> Iterator[tuple[Any, bool]]:
+    """Yield ``(batch, is_last)`` until the ranks agree to stop, though they do not know their lengths.
+
+    One batch is read ahead, and the question whether there is another travels while the step runs.
+
+    Args:
+        batches: this rank's.
+        ranks: the processes of the run.
+        uneven: ``"drop"`` stops with the first rank that has no more, ``"finish"`` with the last; a rank
+            without more repeats its last batch until then.
+
+    Raises:
+        ConfigurationError: on every rank, if only some of them have a batch at all and ``"finish"`` goes on.
+    """
+    source, last = iter(batches), END
+
+    def ahead() -> tuple[Any, Any]:
+        batch = next(source, END)
+        more = batch is not END
+        # "everyone has more", or "not everyone is done"
+        return batch, ranks.all_true(more if uneven == "drop" else not more)
+
+    def goes_on(answer: Any) -> bool:
+        return bool(answer()) is (uneven == "drop")
+
+    batch, answer = ahead()
+    on = goes_on(answer)
+    if on and uneven == "finish" and not ranks.all_true(batch is not END)():
+        fix = "Trainer(uneven_batches='drop'), or a loader with at least one batch per rank"
+        raise ConfigurationError(explain("a batch on every rank", "none on some of them", fix))
+    while on:
+        last = last if batch is END else batch
+        following, answer = ahead()
+        on = goes_on(answer)
+        yield last, not on
+        batch = following

@@ -1,0 +1,107 @@
+"""Which backend and precision a Trainer gets: what the script says, else the launcher, else the hardware.
+
+Where the script and the launcher disagree, neither is overridden: that is an error that names both.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+
+from xtrain.compat import AUTO
+from xtrain.contract import Backend
+from xtrain.errors import ConfigurationError, explain
+from xtrain.launch.environment import Launch
+from xtrain.launch.join import current_launch
+from xtrain.precision import Precision, resolve_precision
+from xtrain.registry import get_backend_class, registered_backends
+
+_HARDWARE, _FALLBACK = ("cuda",), "cpu"  # looked for in this order; a launcher has to ask for anything else
+_told: set[str] = set()
+
+
+def settle(
+    chosen: str | Backend, precision: str | int | None, devices: int | str | None
+) -> tuple[str | Backend, Precision]:
+    """Return backend and precision of a Trainer with these arguments in this process.
+
+    Raises:
+        ConfigurationError: if one of them contradicts the launcher.
+    """
+    launch = current_launch()
+    settled = settle_backend(chosen, launch), settle_precision(precision, launch)
+    tell(chosen, precision, devices, launch)
+    return settled
+
+
+def settle_backend(chosen: str | Backend, launch: Launch) -> str | Backend:
+    """Return the backend: `chosen`, or what ``"auto"`` stands for under `launch`.
+
+    Raises:
+        ConfigurationError: if `chosen` contradicts the launcher.
+    """
+    if chosen == AUTO:
+        return _resolve(launch)[0]
+    name, places = chosen if isinstance(chosen, str) else chosen.name, registered_backends()
+    wanted = launch.backend
+    if wanted is None or name == wanted or places.get(name, name) == places.get(wanted, wanted):
+        return chosen
+    received = f"backend={name!r}, but {launch.sources['backend']} asks for {wanted!r}"
+    fix = f"Trainer(backend={wanted!r}) or Trainer(backend='auto'), or another launch command"
+    raise ConfigurationError(explain("script and launcher to agree on the backend", received, fix))
+
+
+def settle_precision(precision: str | int | None, launch: Launch) -> Precision:
+    """Return the policy for `precision`; None takes the launcher's, else ``"32-true"``.
+
+    Raises:
+        ConfigurationError: for an unknown precision, or one that contradicts the launcher.
+    """
+    policy = resolve_precision(launch.precision if precision is None else precision)
+    if launch.precision in (None, policy.name):
+        return policy
+    received = f"precision={policy.name!r}, but {launch.sources['precision']} asks for {launch.precision!r}"
+    fix = f"Trainer(precision={launch.precision!r}), or leave precision out"
+    raise ConfigurationError(explain("script and launcher to agree on the precision", received, fix))
+
+
+def tell(backend: str | Backend, precision: str | int | None, devices: int | str | None, launch: Launch) -> None:
+    """Say once, on rank 0, what was chosen and where it comes from; pass on what is suspicious about the launch.
+
+    Args:
+        backend: as given to the Trainer, like the next two; only ``"auto"`` is explained.
+        precision: see there.
+        devices: see there.
+        launch: what the launcher said.
+    """
+    if launch.rank != 0:
+        return
+    for text in launch.warnings:
+        if text not in _told:
+            warnings.warn(text, UserWarning, stacklevel=4)
+    _told.update(launch.warnings)
+    if backend != AUTO:
+        return
+    chosen, why = _resolve(launch)
+    said = "given" if precision is not None else launch.sources.get("precision", "default")
+    counted = f"{launch.launcher}, {launch.sources['world_size']}" if launch.joined else "no launcher"
+    processes = launch.world_size if launch.joined or devices in (None, AUTO) else devices
+    text = (
+        f"xtrain: backend={chosen} ({why}); precision={settle_precision(precision, launch).name} ({said}); "
+        f"processes={processes} ({'given' if processes == devices and not launch.joined else counted})"
+    )
+    if text not in _told:
+        _told.add(text)
+        print(text, file=sys.stderr, flush=True)
+
+
+def _resolve(launch: Launch) -> tuple[str, str]:
+    """Return the name that ``"auto"`` stands for, and where it comes from."""
+    if launch.backend is not None:
+        return launch.backend, launch.sources["backend"]
+    missing: Mapping[str, str | None] = {name: get_backend_class(name).available() for name in _HARDWARE}
+    for name, reason in missing.items():
+        if reason is None:
+            return name, "found on this machine"
+    return _FALLBACK, "; ".join(f"no {name}: {reason}" for name, reason in missing.items())

@@ -1,0 +1,258 @@
+"""Join the processes of a run, or start the missing ones, and let them fail as one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from torch import distributed as dist
+
+from xtrain.compat import replica_rank
+from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
+from xtrain.launch.children import GRACE, Board, Children, Failure, follow_parent, wait_for
+from xtrain.launch.environment import LAUNCH_ID, Launch, detect_launcher
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+JOIN_SECONDS = 300.0
+"""How long the processes of a run wait for each other at the start."""
+
+STORES: Any = dist  # torch exports its stores without declaring them
+_in_run = threading.Event()
+_world: World | None = None
+
+
+class World:
+    """The processes of this run.
+
+    Attributes:
+        launch: this process's place among them.
+        store: a `torch.distributed` store that all of them share.
+    """
+
+    def __init__(self, launch: Launch, store: Any, address: str, port: int, started: bool) -> None:
+        self.launch, self.store = launch, store
+        own = STORES.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=GRACE))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.board = Board(STORES.PrefixStore(f"xtrain-board-{attempt}", own))
+        self.ended = False
+        self._shown_by_rank_0: BaseException | None = None
+        self.children = Children(launch.world_size, port, self.board, _in_run) if started else None
+        if LAUNCH_ID in os.environ:
+            sys.excepthook = self._report
+
+    def failed(self, error: BaseException) -> None:
+        """Take part in the failure of a run: tell the others, or find out what they told.
+
+        Raises:
+            RankFailedError: if `error` only says that another rank is gone.
+        """
+        lost = _lost_a_peer(error)
+        if self.children is not None:
+            first = self.children.first_failure(GRACE) if lost else None
+            self.children.end()
+            self.ended = True
+        else:
+            first = wait_for(self.board.read, GRACE / 2) if lost else None
+            self._shown_by_rank_0 = error
+        if first is not None:
+            self._shown_by_rank_0 = RankFailedError(str(first))
+            raise self._shown_by_rank_0 from None
+        if lost and self.children is not None:
+            fix = "the same calls on every rank, or backend_options={'timeout': 3600} for a slow one"
+            raise RankFailedError(explain("every rank to come to the same step", str(error), fix)) from error
+        if isinstance(error, Exception) and not lost and self.children is None:
+            text = "".join(traceback.format_exception(error))
+            self.board.write(Failure(self.launch.rank, f"{type(error).__name__}: {error}", text))
+
+    def _report(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if error is not self._shown_by_rank_0:
+            sys.__excepthook__(kind, error, trace)
+
+
+def current_launch() -> Launch:
+    """Return what started this process, and its place among the processes of the run.
+
+    Raises:
+        ConfigurationError: see `xtrain.launch.environment.detect_launcher`.
+    """
+    return detect_launcher(os.environ, _parent_command()) if _world is None else _world.launch
+
+
+def own_rank() -> int:
+    """Return the rank of this process, or of this thread where a launcher starts threads; 0 for a run of one.
+
+    It is known before a run begins, unless the processes are to be started by it.
+
+    Raises:
+        ConfigurationError: see `current_launch`.
+    """
+    launch = current_launch()
+    return launch.rank if launch.joined else replica_rank() or 0
+
+
+def join(devices: int | None = None, seconds: float = JOIN_SECONDS) -> World | None:
+    """Join the launcher's processes, or start ``devices - 1`` more; the second call returns what the first did.
+
+    Args:
+        devices: how many processes the script asks for on this machine; None takes what the launcher started.
+        seconds: how long to wait for the others.
+
+    Returns:
+        The world, or None for a run of one process.
+
+    Raises:
+        ConfigurationError: if `devices` contradicts the launcher.
+        LaunchError: if the processes cannot be started or do not find each other.
+    """
+    global _world
+    launch = current_launch()
+    if _world is not None and _world.ended:
+        fix = "one try per program: python script.py again"
+        raise LaunchError(explain("the processes of this program to be alive", "they ended with an earlier error", fix))
+    if launch.joined:
+        _check_devices(launch, devices)
+    if _world is not None or (launch.world_size == 1 and (launch.joined or devices in (None, 1))):
+        return _world
+    _world = _start(devices or 1) if not launch.joined else _meet_at(launch, seconds)
+    _gather(_world, seconds)
+    return _world
+
+
+def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Return `function`, doing nothing and returning None on every process or replica but the first.
+
+    It works inside and outside of a run: for what a script writes or prints. Nothing in it may talk to
+    the other processes, which do not come there.
+    """
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return function(*args, **kwargs) if own_rank() == 0 else None
+
+    return wrapper
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let the ranks of a run fail as one: whoever loses a peer inside reports that peer's error.
+
+    Raises:
+        RankFailedError: in place of an error that only says that another rank is gone.
+    """
+    _in_run.set()
+    try:
+        yield
+    except BaseException as error:
+        if _world is not None:
+            _world.failed(error)
+        raise
+    finally:
+        _in_run.clear()
+
+
+def _check_devices(launch: Launch, devices: int | None) -> None:
+    here = launch.local_world_size or launch.world_size
+    if devices in (None, here):
+        return
+    source = launch.sources.get("local_world_size", launch.sources["world_size"])
+    received = f"devices={devices}, but {launch.launcher} started {here} ({source})"
+    if launch.launcher == "xtrain":
+        received = f"devices={devices} after a Trainer with devices={here}"
+    fix = f"Trainer(devices={here}), or leave devices out"
+    raise ConfigurationError(explain("devices to be the number of processes that were started", received, fix))
+
+
+def _start(count: int) -> World:
+    store = STORES.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port of the system's choice
+    sources = {"world_size": f"devices={count}", "local_world_size": f"devices={count}"}
+    launch = Launch("xtrain", world_size=count, local_world_size=count, sources=sources)
+    return World(launch, store, "127.0.0.1", store.port, started=True)
+
+
+def _meet_at(launch: Launch, seconds: float) -> World:
+    """Connect to the store of the launcher, or of rank 0, which makes it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=seconds)
+    try:
+        store = STORES.TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=limit)
+        return World(launch, store, address, port, started=False)
+    except (dist.DistError, ValueError) as error:
+        if hosts and "EADDRINUSE" in str(error):
+            fix = "torchrun --standalone --nproc_per_node=2 script.py, or another MASTER_PORT"
+            raise LaunchError(explain("a free port", f"MASTER_PORT={port}, in use on {address}", fix)) from error
+        reason = str(error).splitlines()[0]
+        received = f"no connection from rank {launch.rank} within {seconds:g} s ({reason})"
+        fix = "start rank 0 too, with the same MASTER_ADDR and MASTER_PORT"
+        expected = f"rank 0 at MASTER_ADDR={address} MASTER_PORT={port}"
+        raise LaunchError(explain(expected, received, fix)) from error
+
+
+def _gather(world: World, seconds: float) -> None:
+    """Wait until every rank is here."""
+    launch, attempt = world.launch, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = STORES.PrefixStore(f"xtrain-join-{attempt}", world.store)
+    if store.add(f"claims{launch.rank}", 1) > 1:
+        received = f"two with RANK={launch.rank} of WORLD_SIZE={launch.world_size}"
+        fix = "start the program once; a program that a rank starts needs an environment without RANK and WORLD_SIZE"
+        raise LaunchError(explain("one process for each rank", received, fix))
+    keys = [f"rank{rank}" for rank in range(launch.world_size)]
+    store.set(keys[launch.rank], "here")
+
+    def ready() -> bool | Failure | None:
+        if world.children is not None and world.children.failure is not None:
+            return world.children.failure
+        return store.check(keys) or None
+
+    try:
+        found = wait_for(ready, seconds)
+        missing = [] if found else [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except dist.DistError as error:
+        raise LaunchError(explain("all ranks to arrive", f"rank {launch.rank} lost its connection to them")) from error
+    if isinstance(found, Failure):
+        raise RankFailedError(str(found))
+    if found is None:
+        fix = "start every rank with the same MASTER_ADDR and MASTER_PORT, and let each come to Trainer.fit"
+        received = f"none of rank {', '.join(map(str, missing))} within {seconds:g} s"
+        raise LaunchError(explain(f"{launch.world_size} ranks (WORLD_SIZE)", received, fix))
+
+
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket Timeout",
+    "Timed out waiting",
+    "timed out after",
+    "recvBytes",
+    "sendBytes",
+    "remote process exited",
+    "communicator was aborted",
+)
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Return whether `error`, of gloo, nccl or a store, only says that another rank is gone."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+
+
+def _parent_command() -> list[str]:
+    """Return the command line of the parent process; empty where the system does not tell."""
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return line.decode(errors="replace").rstrip("\0").split("\0")
+
+
+follow_parent()

@@ -1,0 +1,349 @@
+"""What ``self.log`` does: keep every value where it is, and read all of them at once, rarely.
+
+A logged tensor is only remembered (as a number, where reading it waits for nothing). At a log point
+(every ``log_every_n_steps`` training steps, and at the end of an epoch) one call of the backend's
+``read_scalars`` brings everything that waits to the host: values for the loggers and the progress bar,
+values that an epoch averages, and the checks of the loop. Epoch averages are accumulated on the host,
+so nothing is computed on the device and the memory of an epoch stays bounded.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xtrain.errors import ConfigurationError, explain
+from xtrain.metrics.metric import (
+    INNER_HOOKS,
+    Metric,
+    Settings,
+    TensorView,
+    check_value,
+    check_weight,
+    is_torchmetric,
+    new_metric,
+    refuse_change,
+    refuse_twin,
+    snapshot,
+)
+from xtrain.tensors import tensors_in
+
+if TYPE_CHECKING:
+    from xtrain.collectives import ReduceOp
+    from xtrain.loggers.base import Logger
+
+StageName: TypeAlias = Literal["train", "validate", "test", "sanity", "idle"]
+_READ_EVERY = 1000  # steps between reads that bound memory when there are no log points
+_OPS: tuple[ReduceOp, ...] = ("mean", "sum", "min", "max")
+_NO_CHECKS: dict[str, float] = {}
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What is collected while one loop runs, and where that loop is."""
+
+    name: StageName
+    scopes: defaultdict[tuple[str, int | None], dict[str, Metric]] = field(default_factory=lambda: defaultdict(dict))
+    scope: dict[str, Metric] = field(default_factory=dict)  # the one of the hook that runs now
+    hook: str = ""
+    batch: Any = None
+    batch_size: int | None = None  # None: not asked for yet
+    dataloader: int | None = None
+    steps: int = 0
+    row: dict[str, float] = field(default_factory=dict)  # step values that were read and not sent yet
+
+    def metrics(self) -> list[Metric]:
+        return [metric for scope in self.scopes.values() for metric in scope.values()]
+
+
+class MetricLog:
+    """All metrics of a Trainer.
+
+    The loop says where it is (`stage`, `hook`, `set_batch`), modules and callbacks hand in values
+    (`log`), and the loop says when values may be read (`flush_step`, `reduce_epoch`, `send_epoch`).
+
+    Args:
+        read_scalars: brings 0-dim tensors to the host, as `Backend.read_scalars` does.
+        all_reduce: reduces a 1-dim float64 CPU tensor over the ranks; called for ``sync_dist`` only.
+        log_every_n_steps: steps between log points; 0 sends epoch values only.
+        asynchronous: reading a value would wait for the device; if not, each is read when it is logged.
+
+    Attributes:
+        loggers: where values are sent.
+        checks: 0-dim tensors that the loop wants to see as floats at the next log point.
+        callback_metrics: the latest value of every metric by name, also as ``name_step`` and ``name_epoch``.
+        logged_metrics: the latest values sent to the loggers.
+        progress_bar_metrics: the latest values with ``prog_bar=True`` that were already read.
+
+    Raises:
+        ConfigurationError: if `log_every_n_steps` is not an int of at least 0.
+    """
+
+    def __init__(
+        self,
+        read_scalars: Callable[[Sequence[Tensor]], list[float]],
+        all_reduce: Callable[[Tensor, ReduceOp], Tensor],
+        log_every_n_steps: int = 50,
+        asynchronous: bool = True,
+    ) -> None:
+        if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int) or log_every_n_steps < 0:
+            received = f"log_every_n_steps={log_every_n_steps!r}"
+            raise ConfigurationError(explain("an int of at least 0", received, "Trainer(log_every_n_steps=50)"))
+        self._read_scalars, self._all_reduce, self._asynchronous = read_scalars, all_reduce, asynchronous
+        self._every = log_every_n_steps or _READ_EVERY
+        self._sends_steps = log_every_n_steps > 0
+        self.loggers: Sequence[Logger] = ()
+        self.checks: dict[str, Tensor] = {}
+        self.progress_bar_metrics: dict[str, float] = {}
+        self._callback: dict[str, Metric | float] = {}
+        self._logged: dict[str, Metric | float] = {}
+        self.callback_metrics: Mapping[str, Tensor] = TensorView(self._callback)
+        self.logged_metrics: Mapping[str, Tensor] = TensorView(self._logged)
+        self._stage = _Stage("idle")
+
+    # ---------------------------------------------------------------- where the loop is
+
+    @contextmanager
+    def stage(self, name: StageName) -> Iterator[None]:
+        """Collect apart what is logged inside. Stages nest: validation runs inside training.
+
+        What stage ``"sanity"`` collected can be seen inside it and is forgotten at its end.
+        """
+        outer, self._stage = self._stage, _Stage(name)
+        views: tuple[dict[str, Any], ...] = (self._callback, self._logged, self.progress_bar_metrics)
+        before = [dict(view) for view in views]
+        try:
+            yield
+        finally:
+            self._stage = outer
+            for view, kept in zip(views, before, strict=True) if name == "sanity" else ():
+                view.clear()
+                view.update(kept)
+
+    def hook(self, name: str) -> None:
+        """Say which hook runs from now on; it decides what `log` does by default."""
+        if name in INNER_HOOKS:  # they run in the middle of a step, and log as that step does
+            return
+        stage = self._stage
+        stage.hook = name
+        stage.scope = stage.scopes[name, stage.dataloader]
+
+    def set_batch(self, batch: Any, dataloader_idx: int | None = None) -> None:
+        """Say which batch is worked on; `dataloader_idx` is None unless there are several loaders."""
+        stage = self._stage
+        stage.batch = batch
+        stage.batch_size = None
+        if stage.dataloader != dataloader_idx:
+            stage.dataloader = dataloader_idx
+            self.hook(stage.hook)
+
+    # ---------------------------------------------------------------- values come in
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """Remember one value; see `log_dict` for the options."""
+        self.log_dict({name: value}, **options)
+
+    def log_dict(
+        self,
+        values: Mapping[str, Any],
+        *,
+        prog_bar: bool = False,
+        logger: bool = True,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        sync_dist: bool = False,
+        batch_size: int | None = None,
+        add_dataloader_idx: bool = True,
+        rank_zero_only: bool = False,
+        metric_attribute: str | None = None,
+    ) -> None:
+        """Remember values. Neither waits for the device nor gives it work.
+
+        Args:
+            values: numbers, tensors of one element or torchmetrics objects, by name. Logged per step and per
+                epoch, a name becomes ``name_step`` and ``name_epoch``.
+            prog_bar: show it in the progress bar.
+            logger: send it to the loggers.
+            on_step: send the newest value at every log point; the default in the hooks of a training step.
+            on_epoch: send the reduction over the epoch; the default in all other hooks.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a
+                1-dim tensor, all values of the epoch.
+            sync_dist: reduce over the ranks too, at log points and epoch ends; every rank must log it.
+            batch_size: weight of this value in the mean; default: the first dimension of the batch.
+            add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
+            rank_zero_only: it is logged on rank 0 only, so it is never reduced over the ranks.
+            metric_attribute: taken as in Lightning, not needed.
+
+        Raises:
+            ConfigurationError: for a value, a hook or settings that cannot be logged.
+        """
+        settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
+        for name, value in values.items():
+            metric = self._stage.scope.get(name)
+            if metric is None or metric.settings != settings:
+                metric = self._register(name, value, settings, metric)
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = snapshot(value) if self._asynchronous else float(value.item())
+            elif type(value) is not float:
+                if is_torchmetric(value):
+                    metric.take_source(value)
+                    continue
+                check_value(name, value)
+                value = float(value)
+            metric.latest, metric.fresh = value, True
+            if metric.on_epoch:
+                metric.waiting.append(value)
+                metric.waiting_weights.append(self._weight() if batch_size is None else check_weight(batch_size))
+
+    def _weight(self) -> int:
+        stage = self._stage
+        if stage.batch_size is None:
+            stage.batch_size = next((tensor.size(0) for tensor in tensors_in(stage.batch) if tensor.dim()), 1)
+        return stage.batch_size
+
+    def _register(self, name: str, value: Any, settings: Settings, known: Metric | None) -> Metric:
+        stage = self._stage
+        if known is not None:
+            refuse_change(name, known.settings, settings)
+        if not is_torchmetric(value):
+            check_value(name, value)
+        metric = new_metric(name, stage.name, stage.hook, stage.dataloader, settings)
+        for (hook, loader), scope in stage.scopes.items():
+            if hook == stage.hook and any(other.name == metric.name for other in scope.values()):
+                refuse_twin(name, loader, stage.dataloader)
+        stage.scope[name] = metric
+        if metric.shown_early:
+            self._callback[metric.name] = self._callback[metric.step_name] = metric
+        return metric
+
+    # ---------------------------------------------------------------- values go out
+
+    def flush_step(self, step: int, epoch: int) -> dict[str, float]:
+        """End a step. Every ``log_every_n_steps`` calls this is a log point and does what `flush` does.
+
+        Returns:
+            The `checks` as floats by name at a log point, else an empty dict.
+        """
+        stage = self._stage
+        stage.steps += 1
+        return self.flush(step, epoch) if stage.steps % self._every == 0 else _NO_CHECKS
+
+    def flush(self, step: int, epoch: int) -> dict[str, float]:
+        """Read what waits, and send the step values; the loop calls it when training ends, too.
+
+        Args:
+            step: the value of the loggers' x-axis.
+            epoch: sent along as ``epoch``.
+
+        Returns:
+            The `checks` as floats by name.
+        """
+        checks = dict(zip(self.checks, self._read(list(self.checks.values())), strict=True))
+        self.checks.clear()
+        self._send(self._stage.row, step, epoch)
+        self._stage.row = {}
+        return checks
+
+    def reduce_epoch(self) -> None:
+        """Reduce everything logged since the epoch began, so that `callback_metrics` has it.
+
+        Call it before the hooks that end an epoch. Calling it again only adds what came since.
+        """
+        self.set_batch(None)
+        metrics = self._stage.metrics()
+        for metric in metrics:
+            metric.compute_source()
+        # Step values alone can wait for the next log point: an epoch may be a single batch.
+        if any(metric.waiting for metric in metrics):
+            self._read([])
+        reduced = [metric for metric in metrics if metric.read and metric.result is None]
+        weights = [sum(metric.read_weights) for metric in reduced]
+        results = self._over_ranks(reduced, [metric.reduce() for metric in reduced], weights)
+        for metric, metric.result in zip(reduced, results, strict=True):
+            self._callback[metric.name] = self._callback[metric.epoch_name] = metric.result
+            if metric.prog_bar:
+                self.progress_bar_metrics[metric.epoch_name] = metric.result
+
+    def send_epoch(self, step: int, epoch: int) -> dict[str, float]:
+        """Send the values of the epoch, also those logged in its last hooks, and forget them.
+
+        Args:
+            step: the value of the loggers' x-axis.
+            epoch: sent along as ``epoch``.
+
+        Returns:
+            The epoch values by name, those of several evaluation loaders with their suffix.
+        """
+        self.reduce_epoch()
+        stage = self._stage
+        ended = [(metric, metric.result) for metric in stage.metrics() if metric.result is not None]
+        self._send(stage.row | {m.epoch_name: value for m, value in ended if m.logger}, step, epoch)
+        self._forget_epoch()
+        return {m.epoch_name: value for m, value in ended}
+
+    def _forget_epoch(self) -> None:
+        stage = self._stage
+        stage.row = {}
+        for source in {id(metric.source): metric.source for metric in stage.metrics()}.values():
+            if source is not None:
+                source.reset()
+        for scope in stage.scopes.values():
+            for name, metric in list(scope.items()):
+                metric.end_epoch()
+                if not metric.fresh:
+                    del scope[name]
+        if stage.name != "sanity":
+            for logger in self.loggers:
+                logger.save()
+
+    def _read(self, extra: list[Tensor]) -> list[float]:
+        """Bring everything that waits to the host, and `extra`, which is returned: one transfer for all."""
+        metrics = [(metric, metric.unread()) for metric in self._stage.metrics() if metric.fresh or metric.waiting]
+        tensors = [value for _, values in metrics for value in values if isinstance(value, Tensor)]
+        tensors += extra
+        floats = iter(self._read_scalars([t.reshape(()) if t.dim() else t for t in tensors]) if tensors else ())
+        stepped: list[tuple[Metric, float]] = []
+        for metric, values in metrics:
+            numbers = [next(floats) if isinstance(value, Tensor) else value for value in values]
+            if metric.on_step and metric.fresh:
+                stepped.append((metric, numbers[-1]))
+            metric.receive(numbers)
+        self._show_steps([metric for metric, _ in stepped], [value for _, value in stepped])
+        return list(floats)
+
+    def _show_steps(self, metrics: list[Metric], local: list[float]) -> None:
+        values = self._over_ranks(metrics, local, [1.0] * len(local))
+        self.progress_bar_metrics.update({m.step_name: v for m, v in zip(metrics, values, strict=True) if m.prog_bar})
+        if self._sends_steps:
+            self._stage.row |= {m.step_name: v for m, v in zip(metrics, values, strict=True) if m.logger}
+
+    def _over_ranks(self, metrics: list[Metric], values: list[float], weights: list[float]) -> list[float]:
+        """Return `values`, those of synchronised metrics reduced over the ranks: one call per reduction."""
+        for op in _OPS:
+            where = [i for i, metric in enumerate(metrics) if metric.sync and metric.op == op]
+            if not where:
+                continue
+            local = torch.tensor([values[i] for i in where], dtype=torch.float64)
+            if op == "mean":
+                mass = torch.tensor([weights[i] for i in where], dtype=torch.float64)
+                totals, masses = self._all_reduce(torch.cat([local * mass, mass]), "sum").chunk(2)
+                whole = totals / masses
+            else:
+                whole = self._all_reduce(local, op)
+            for i, value in zip(where, whole.tolist(), strict=True):
+                values[i] = value
+        return values
+
+    def _send(self, row: Mapping[str, float], step: int, epoch: int) -> None:
+        if not row or self._stage.name == "sanity":
+            return
+        self._logged.update(row)
+        for logger in self.loggers:
+            logger.log_metrics({"epoch": epoch, **row}, step)

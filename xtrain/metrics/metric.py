@@ -1,0 +1,306 @@
+"""One logged metric: which settings it may have, what happens to its values until they are read."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xtrain.errors import ConfigurationError, explain
+
+if TYPE_CHECKING:
+    from xtrain.collectives import ReduceOp
+
+# prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
+Settings: TypeAlias = tuple[bool, bool, bool | None, bool | None, str | Callable[..., Any], bool, bool, bool]
+
+_STEP_HOOKS = frozenset({"training_step", "on_train_batch_start", "on_train_batch_end"})
+_EVALUATION_HOOKS = frozenset(
+    {"validation_step", "on_validation_batch_start", "on_validation_batch_end"}
+    | {"test_step", "on_test_batch_start", "on_test_batch_end"}
+)
+_EPOCH_HOOKS = frozenset(
+    {"on_train_start", "on_train_epoch_start", "on_train_epoch_end"}
+    | {"on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end"}
+    | {"on_test_start", "on_test_epoch_start", "on_test_epoch_end"}
+)
+INNER_HOOKS = frozenset(
+    {"on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"}
+    | {"configure_gradient_clipping"}
+)
+
+_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda values, weights: (values * weights).sum() / weights.sum(),
+    "sum": lambda values, weights: values.sum(),
+    "min": lambda values, weights: values.amin(),
+    "max": lambda values, weights: values.amax(),
+}
+_SPELLINGS: dict[Any, ReduceOp] = {
+    "mean": "mean", "avg": "mean", torch.mean: "mean",
+    "sum": "sum", torch.sum: "sum", sum: "sum",
+    "min": "min", torch.min: "min", min: "min",
+    "max": "max", torch.max: "max", max: "max",
+}  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class Metric:
+    """One name logged in one hook during one epoch: its settings, resolved, and its values.
+
+    Attributes:
+        settings: as given by the user, to notice a change.
+        name: the user's name for it, with the suffix of the evaluation loader.
+        step_name: name of its step values.
+        epoch_name: name of its epoch value.
+        shown_early: `callback_metrics` has it before the epoch is reduced.
+        op: how an epoch is reduced.
+        sync: reduce over the ranks too.
+        dataloader: index of the evaluation loader, None if there is only one.
+        latest: the newest value, where it was logged; `fresh` until it was read.
+        source: a torchmetrics object, which accumulates by itself; `stale` once it was computed.
+        result: value of the epoch, once reduced.
+    """
+
+    settings: Settings
+    prog_bar: bool
+    logger: bool
+    name: str
+    step_name: str
+    epoch_name: str
+    on_step: bool
+    on_epoch: bool
+    shown_early: bool
+    op: ReduceOp | Callable[[Tensor], Any]
+    sync: bool
+    dataloader: int | None
+    latest: Tensor | float | None = None
+    fresh: bool = False
+    source: Any = None
+    stale: bool = False
+    waiting: list[Tensor | float] = field(default_factory=list)
+    waiting_weights: list[float] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
+    read_weights: list[float] = field(default_factory=list)
+    result: float | None = None
+
+    def unread(self) -> list[Tensor | float]:
+        """Return what the next read must bring to the host: the epoch's values, the newest one last."""
+        if self.on_step and self.fresh and self.latest is not None and (self.source is not None or not self.waiting):
+            return [*self.waiting, self.latest]
+        return self.waiting
+
+    def receive(self, floats: list[float]) -> None:
+        """Take the values of `unread` as floats and fold those of the epoch into one (value, weight)."""
+        if self.on_step and self.fresh:
+            self.latest = floats[-1]  # whoever looks at it later waits for nothing
+        self.fresh = False
+        if not self.waiting:
+            return
+        self.read += floats[: len(self.waiting)]
+        self.read_weights += self.waiting_weights
+        self.waiting, self.waiting_weights, self.result = [], [], None
+        if isinstance(self.op, str) and len(self.read) > 1:
+            values, weights = (torch.tensor(x, dtype=torch.float64) for x in (self.read, self.read_weights))
+            self.read, self.read_weights = [_REDUCTIONS[self.op](values, weights).item()], [weights.sum().item()]
+
+    def reduce(self) -> float:
+        """Return the value of the epoch on this rank."""
+        return self.read[0] if isinstance(self.op, str) else float(self.op(torch.tensor(self.read)))
+
+    def take_source(self, source: Any) -> None:
+        """Remember a torchmetrics object, and what its forward returned in this step.
+
+        Raises:
+            ConfigurationError: if the value of a step is wanted and the object was only updated.
+        """
+        self.source, self.stale, self.sync = source, False, False  # it reduces over the ranks by itself
+        if not self.on_step:
+            return
+        value = getattr(source, "_forward_cache", None)
+        if value is None:
+            kind = type(source).__name__
+            expected = f"a {kind} that was called in this step, for on_step=True"
+            raise ConfigurationError(explain(expected, f"{kind} after update()", "self.metric(prediction, target)"))
+        check_value(self.name, value)
+        self.latest, self.fresh = snapshot(value) if isinstance(value, Tensor) else value, True
+
+    def compute_source(self) -> None:
+        """Let a torchmetrics object reduce its epoch; the result still waits to be read."""
+        if self.source is not None and self.on_epoch and not self.stale:
+            value = self.source.compute()
+            check_value(self.name, value)
+            self.waiting, self.waiting_weights = [value], [1.0]
+            self.read, self.read_weights, self.stale = [], [], True
+
+    def end_epoch(self) -> None:
+        """Forget the epoch; a step value that was not read yet stays."""
+        self.read, self.read_weights, self.result, self.source = [], [], None, None
+
+
+def new_metric(name: str, stage: str, hook: str, dataloader: int | None, settings: Settings) -> Metric:
+    """Return an empty metric, its settings resolved as its hook wants them.
+
+    Raises:
+        ConfigurationError: if nothing may be logged in `hook`, or not with these settings.
+    """
+    prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only = settings
+    _check_name(name, add_dataloader_idx)
+    if stage == "idle" or hook not in _STEP_HOOKS | _EVALUATION_HOOKS | _EPOCH_HOOKS:
+        where = f"in {hook}" if hook else "outside of the hooks of fit, validate and test"
+        expected = "self.log in a hook of a training, validation or test epoch, such as training_step"
+        raise ConfigurationError(explain(expected, f"self.log({name!r}, ...) {where}", "log it in on_train_epoch_end"))
+    on_step = hook in _STEP_HOOKS if on_step is None else on_step
+    on_epoch = hook not in _STEP_HOOKS if on_epoch is None else on_epoch
+    _check_levels(name, hook, on_step, on_epoch)
+    suffix = "" if dataloader is None or not add_dataloader_idx else f"/dataloader_idx_{dataloader}"
+    forked = on_step and on_epoch
+    return Metric(
+        settings=settings,
+        prog_bar=prog_bar,
+        logger=logger,
+        name=name + suffix,
+        step_name=f"{name}_step{suffix}" if forked else name + suffix,
+        epoch_name=f"{name}_epoch{suffix}" if forked else name + suffix,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        shown_early=on_step or hook.endswith("_epoch_end"),
+        op=_check_reduction(name, reduce_fx, sync_dist),
+        sync=sync_dist and not rank_zero_only,
+        dataloader=dataloader,
+    )
+
+
+def _check_name(name: Any, add_dataloader_idx: bool) -> None:
+    if not isinstance(name, str):
+        raise ConfigurationError(
+            explain("a str as the name of a metric", f"{name!r} ({type(name).__name__})", "self.log('loss', loss)")
+        )
+    if add_dataloader_idx and "/dataloader_idx_" in name:
+        raise ConfigurationError(
+            explain(
+                "a name without '/dataloader_idx_', which is added for you",
+                repr(name),
+                "self.log('loss', loss), or self.log(..., add_dataloader_idx=False)",
+            )
+        )
+
+
+def _check_levels(name: str, hook: str, on_step: bool, on_epoch: bool) -> None:
+    received = f"self.log({name!r}, ..., on_step={on_step}, on_epoch={on_epoch}) in {hook}"
+    if hook in _EPOCH_HOOKS and (on_step or not on_epoch):
+        expected = "on_step=False and on_epoch=True in a hook that runs once per epoch"
+        raise ConfigurationError(explain(expected, received, f"self.log({name!r}, value)"))
+    if not (on_step or on_epoch):
+        expected = "at least one of on_step and on_epoch"
+        raise ConfigurationError(explain(expected, received, f"self.log({name!r}, value, on_step=True)"))
+
+
+def _check_reduction(name: str, reduce_fx: Any, sync_dist: bool) -> ReduceOp | Callable[[Tensor], Any]:
+    op = _SPELLINGS.get(reduce_fx) if isinstance(reduce_fx, str) or callable(reduce_fx) else None
+    if op is not None:
+        return op
+    if callable(reduce_fx) and not sync_dist:
+        return reduce_fx  # type: ignore[no-any-return]
+    expected = "reduce_fx out of 'mean', 'sum', 'min', 'max'" + ("" if sync_dist else ", or a function of a tensor")
+    received = f"reduce_fx={reduce_fx!r}" + (" with sync_dist=True" if sync_dist else "")
+    raise ConfigurationError(explain(expected, received, f"self.log({name!r}, value, reduce_fx='mean')"))
+
+
+def refuse_change(name: str, known: Settings, settings: Settings) -> NoReturn:
+    """Raise the ConfigurationError of a metric that is logged with other settings than before."""
+    names = [
+        "prog_bar",
+        "logger",
+        "on_step",
+        "on_epoch",
+        "reduce_fx",
+        "sync_dist",
+        "add_dataloader_idx",
+        "rank_zero_only",
+    ]
+    pairs = zip(names, known, settings, strict=True)
+    changed = "; ".join(f"{key}={new!r} after {key}={old!r}" for key, old, new in pairs if old != new)
+    expected = f"the same settings each time {name!r} is logged in this hook"
+    raise ConfigurationError(explain(expected, changed, f"self.log('{name}_2', ...), a name of its own"))
+
+
+def refuse_twin(name: str, loader: int | None, other: int | None) -> NoReturn:
+    """Raise the ConfigurationError of two evaluation loaders that log under one name."""
+    expected = "a name per evaluation loader where add_dataloader_idx=False"
+    fix = f"self.log(f'{name}_{{dataloader_idx}}', value, add_dataloader_idx=False)"
+    raise ConfigurationError(explain(expected, f"{name!r} from loader {loader} and loader {other}", fix))
+
+
+def check_weight(batch_size: Any) -> int:
+    """Return `batch_size`.
+
+    Raises:
+        ConfigurationError: unless it is an int; reading a tensor would wait for the device.
+    """
+    if isinstance(batch_size, int):
+        return batch_size
+    received = f"batch_size={batch_size!r} ({type(batch_size).__name__})"
+    raise ConfigurationError(explain("an int as batch_size", received, "self.log(..., batch_size=len(x))"))
+
+
+def snapshot(value: Tensor) -> Tensor:
+    """Return `value` without its graph, safe from later changes in place.
+
+    The result of an operation is fresh at every step, so sharing its memory is safe. A parameter or a
+    buffer that was ever changed in place will be changed again, and is copied. Tensors made in
+    inference mode have no version to tell, and are copied too.
+    """
+    lasting = value.is_inference() or value._version > 0
+    if value.requires_grad:
+        lasting = lasting or value.is_leaf
+        value = value.detach()
+    return value.clone() if lasting else value
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise a ConfigurationError unless `value` is a real number, given as a tensor or otherwise.
+
+    Raises:
+        ConfigurationError: says which shape or type came.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return
+        received = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        fix = f"self.log({name!r}, value.mean())"
+    else:
+        if isinstance(value, numbers.Real):
+            return
+        received = f"{value!r} ({type(value).__name__})"
+        fix = f"self.log_dict({{...}}) for several values, self.log({name!r}, float(value)) for one"
+    raise ConfigurationError(explain(f"one real number as the value of {name!r}", received, fix))
+
+
+def is_torchmetric(value: Any) -> bool:
+    """Return whether `value` accumulates by itself, as the objects of the torchmetrics package do."""
+    return all(callable(getattr(value, method, None)) for method in ("update", "compute", "reset", "forward"))
+
+
+class TensorView(Mapping[str, Tensor]):
+    """A read-only view of metrics as 0-dim tensors. Looking at it waits for no device."""
+
+    def __init__(self, values: Mapping[str, Metric | float]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._values[name]
+        latest = value.latest if isinstance(value, Metric) else value
+        return latest.reshape(()) if isinstance(latest, Tensor) else torch.tensor(latest, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
