@@ -32,7 +32,9 @@ class Leg:
         arguments: options of that pytest run.
         commands: checks that are no tests, each with its arguments.
         variables: environment variables on top of `VARIABLES`.
+        usual: minutes it takes on two free cores, for the announcement.
         minutes: the leg is stopped, and has failed, after this time.
+        needs: a key of `HARDWARE`; where that is missing, the leg is not part of everything.
     """
 
     environment: str
@@ -40,14 +42,41 @@ class Leg:
     arguments: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    usual: float = 1
     minutes: float = 20
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What some machines have.
+
+    Attributes:
+        devices: files, one of which is there then.
+        untested: what cannot be tested without it.
+    """
+
+    devices: tuple[str, ...]
+    untested: str
 
 
 # Small models on few cores: several threads per process only get in each other's way.
 VARIABLES = {"OMP_NUM_THREADS": "1"}
 
+HARDWARE = {
+    "GPU": Hardware(
+        ("/dev/nvidia0", "/dev/dxg", "/dev/kfd"),
+        "CUDA's kernels, nccl and speed; the logic of the cuda backend runs on the CPU "
+        "(elsewhere: python3 ci/run.py --leg gpu)",
+    ),
+    "TPU": Hardware(
+        ("/dev/accel0", "/dev/vfio/0"),
+        "a TPU's speed, memory and kept graphs; the compiler is the real one, for the CPU",
+    ),
+}
+
 ENVIRONMENTS = {
-    "light": Environment(("test", "dev"), ("torch==2.13.0",)),
+    "light": Environment(("test", "dev", "docs"), ("torch==2.13.0",)),
     "full": Environment(("test",), ("torch==2.9.1", "torch_xla==2.9.0", "deepspeed==0.19.8", "accelerate==1.15.0")),
 }
 
@@ -115,4 +144,7 @@ LEGS = {
     # Real processes under every launcher; every command of the page on launching.
     "launch": Leg("full", tests=("tests/launch/test_*.py",)),
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
+    # Links, anchors, references of docstrings: whatever mkdocs warns about is an error.
+    "docs": Leg("light", commands=(("mkdocs", "build", "--strict", "--quiet"),)),
+    "gpu": Leg("light", tests=("tests/backends/test_cuda.py",), arguments=("-m", "cuda"), needs="GPU"),
 }

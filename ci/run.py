@@ -4,8 +4,9 @@
     python ci/run.py --leg lint         one leg, or all of a backend (--leg tpu); may be repeated
     python ci/run.py --list [--json]    the names of the legs
 
-Environments are made in ``.venvs/`` (or ``$XTRAIN_VENVS``) on first use and renewed when the project's
-metadata changes. A leg fails if it cannot be installed, runs no test, skips one, or fails one.
+It begins by saying how long it will take, and what this machine cannot test. Environments are made in
+``.venvs/`` (or ``$XTRAIN_VENVS``) on first use and renewed when the project's metadata changes. A leg fails if
+it cannot be installed, runs no test, skips one, or fails one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from legs import ENVIRONMENTS, LEGS, VARIABLES, Leg
+from legs import ENVIRONMENTS, HARDWARE, LEGS, VARIABLES, Hardware, Leg
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = "Scripts" if os.name == "nt" else "bin"
+INSTALL_MINUTES = 4  # of an environment, on a usual line; torch and its companions are large
 
 
 @dataclass
@@ -46,9 +48,11 @@ class Result:
 def main() -> int:
     options = _parse()
     if options.list:
-        print(json.dumps(list(LEGS)) if options.json else "\n".join(LEGS))
+        print(json.dumps(_everything()) if options.json else "\n".join(_everything()))
         return 0
-    results = [_timed(name) for name in itertools.chain.from_iterable(options.leg or [LEGS])]
+    names = list(itertools.chain.from_iterable(options.leg or [_everything()]))
+    print(_announcement(names), flush=True)
+    results = [_timed(name) for name in names]
     print(_summary(results))
     return int(any(result.problem for result in results))
 
@@ -71,6 +75,26 @@ def _named(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"no leg {text!r}; the legs are {', '.join(LEGS)}")
     return [text] if text in found else found
+
+
+def _everything() -> list[str]:
+    """Return the legs that this machine has the hardware for."""
+    return [name for name, leg in LEGS.items() if not leg.needs or _is_here(HARDWARE[leg.needs])]
+
+
+def _is_here(hardware: Hardware) -> bool:
+    return any(Path(device).exists() for device in hardware.devices)
+
+
+def _announcement(names: Sequence[str]) -> str:
+    """Return how long the legs `names` will take, and what cannot be tested here whatever is run."""
+    minutes = sum(LEGS[name].usual for name in names)
+    missing = [e for e in dict.fromkeys(LEGS[name].environment for name in names) if not _is_current(e)]
+    text = f"{len(names)} leg{'s' * (len(names) != 1)}, about {max(1, round(minutes))} min on two free cores"
+    if missing:
+        text += f"; before that about {INSTALL_MINUTES * len(missing)} min to install {' and '.join(missing)}"
+    absent = [f"No {name} here, so not tested: {h.untested}." for name, h in HARDWARE.items() if not _is_here(h)]
+    return "\n".join([f"{text}.", *absent])
 
 
 def _timed(name: str) -> Result:
@@ -138,14 +162,8 @@ def _call(command: Sequence[str], folder: Path, leg: Leg, deadline: float) -> in
 
 def _environment(name: str) -> Path | None:
     """Return the folder of environment `name`, made or renewed if need be; None if pip failed."""
-    folder = Path(os.environ.get("XTRAIN_VENVS", ROOT / ".venvs")).resolve() / name
-    wanted = ENVIRONMENTS[name]
-    sources = (ROOT / "pyproject.toml", ROOT / "backends" / "entry_points.ini")
-    digest = hashlib.sha256(repr((ROOT, wanted, sys.version)).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    stamp = folder / "installed"
-    if stamp.exists() and stamp.read_text() == digest.hexdigest():
+    folder, wanted = _folder(name), ENVIRONMENTS[name]
+    if _is_current(name):
         return folder
     print(f"installing {name}: {', '.join(wanted.pins)}", flush=True)
     venv.create(folder, with_pip=True)
@@ -153,8 +171,25 @@ def _environment(name: str) -> Path | None:
     pip = [str(folder / BIN / "python"), "-m", "pip", "install", "--quiet", *wanted.pins, "-e", project]
     if subprocess.run(pip, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
         return None
-    stamp.write_text(digest.hexdigest())
+    (folder / "installed").write_text(_digest(name))
     return folder
+
+
+def _folder(name: str) -> Path:
+    return Path(os.environ.get("XTRAIN_VENVS", ROOT / ".venvs")).resolve() / name
+
+
+def _is_current(name: str) -> bool:
+    """Return whether environment `name` was made from today's metadata."""
+    stamp = _folder(name) / "installed"
+    return stamp.exists() and stamp.read_text() == _digest(name)
+
+
+def _digest(name: str) -> str:
+    digest = hashlib.sha256(repr((ROOT, ENVIRONMENTS[name], sys.version)).encode())
+    for source in (ROOT / "pyproject.toml", ROOT / "backends" / "entry_points.ini"):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def _summary(results: Sequence[Result]) -> str:

@@ -270,10 +270,11 @@ def main() -> None:
 
     if trainer.is_global_zero:
         options.out.mkdir(parents=True, exist_ok=True)
+        draw_digits(before[:100], options.out / "digits-before.png")
         draw_digits(after[:100], options.out / "digits.png")
         draw_losses(curves.losses, options.out / "losses.png")
         print(report(Judge(digits), before, after, torch.cat(labels), digits.tensors[0], held_out))
-        print(f"Pictures: {options.out / 'digits.png'}, {options.out / 'losses.png'}")
+        print("Pictures: " + ", ".join(str(options.out / f"{n}.png") for n in ("digits-before", "digits", "losses")))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "ci"))
 
-from legs import CONFORMANCE, ENVIRONMENTS, LEGS  # noqa: E402
+from legs import CONFORMANCE, ENVIRONMENTS, HARDWARE, LEGS  # noqa: E402
 
 
 def test_every_test_file_belongs_to_a_leg():
@@ -84,7 +85,34 @@ def test_extras_of_the_environments_are_in_the_metadata():
 
 def test_list_feeds_a_matrix():
     run = subprocess.run([sys.executable, "ci/run.py", "--list", "--json"], cwd=ROOT, capture_output=True, check=True)
-    assert json.loads(run.stdout) == list(LEGS)
+    assert set(json.loads(run.stdout)) >= {name for name, leg in LEGS.items() if not leg.needs}
+
+
+def test_a_leg_for_hardware_is_part_of_everything_where_that_is(monkeypatch, tmp_path):
+    import run
+
+    device = tmp_path / "nvidia0"
+    monkeypatch.setitem(run.HARDWARE, "GPU", replace(HARDWARE["GPU"], devices=(str(device),)))
+    assert [name for name, leg in LEGS.items() if leg.needs == "GPU"] == ["gpu"]
+    assert "gpu" not in run._everything()
+    assert "No GPU here, so not tested: CUDA's kernels" in run._announcement(["lint"])
+    device.touch()
+    assert "gpu" in run._everything()
+    assert "No GPU" not in run._announcement(["lint"])
+
+
+def test_the_announcement_counts_what_is_to_come(monkeypatch, tmp_path):
+    import run
+
+    monkeypatch.setenv("XTRAIN_VENVS", str(tmp_path))
+    some = ["core", "tpu-32-true-1p"]
+    usual = round(sum(LEGS[name].usual for name in some))
+    text = run._announcement(some)
+    assert text.startswith(f"2 legs, about {usual} min on two free cores; before that about 8 min to install light and")
+    (tmp_path / "light").mkdir()
+    (tmp_path / "light" / "installed").write_text(run._digest("light"))
+    assert "before that about 4 min to install full." in run._announcement(some)
+    assert run._announcement(["lint"]).startswith("1 leg, about 1 min on two free cores.\n")
 
 
 @pytest.mark.parametrize("text", ["lint", "tpu", "cpu", "core", "bf16-true", "tp"])
@@ -128,6 +156,7 @@ def small_project(tmp_path):
         code += f"run._environment = lambda name: pathlib.Path({str(binaries.parent)!r})\nsys.exit(run.main())"
         env = {**os.environ, "PYTEST_ADDOPTS": "-p no:cacheprovider"}
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert done.stdout.startswith("1 leg, about 1 min")
         return done.returncode, done.stdout.splitlines()[-1]
 
     return run

@@ -1,4 +1,4 @@
-"""The tables of the README and of ``xtrain backends`` say what capabilities and rules say."""
+"""The tables of the pages and of ``xtrain backends`` say what capabilities and rules say."""
 
 import re
 import subprocess

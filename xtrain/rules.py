@@ -94,7 +94,7 @@ RULES: tuple[Rule, ...] = (
         "a precision outside the backend's row of the matrix",
         "The device has no such arithmetic, or a loss scale has no meaning there.",
         "Trainer(precision='bf16-mixed'), or another one of the row",
-        "README, matrix of backends and precisions",
+        "docs/backends.md",
         lambda s: s.precision.name if s.precision.name not in s.backend.capabilities.precisions else None,
     ),
     Rule(
@@ -150,7 +150,7 @@ RULES: tuple[Rule, ...] = (
         "gradient_clip_val or accumulate_grad_batches with manual optimization",
         "The training step owns clipping and accumulation; the flag would do nothing.",
         "self.clip_gradients(opt, gradient_clip_val=...) in training_step",
-        "README, manual optimization",
+        "docs/guide.md",
         lambda s: None if s.automatic else _manual_flags(s),
     ),
     Rule(
@@ -158,7 +158,7 @@ RULES: tuple[Rule, ...] = (
         "several optimizers with automatic optimization",
         "Automatic optimization has one loss and cannot know which optimizer it belongs to.",
         "self.automatic_optimization = False in __init__",
-        "README, manual optimization",
+        "docs/guide.md",
         lambda s: f"{len(s.optimizers)} optimizers" if s.automatic and len(s.optimizers) > 1 else None,
     ),
     Rule(
@@ -174,7 +174,7 @@ RULES: tuple[Rule, ...] = (
         "devices above 1 on a backend of one process",
         "The other devices would idle.",
         "Trainer(devices=1)",
-        "README, launching",
+        "docs/launch.md",
         lambda s: f"devices={s.devices}" if (s.devices or 1) > 1 and not s.backend.capabilities.multi_process else None,
     ),
 )

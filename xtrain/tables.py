@@ -1,4 +1,4 @@
-"""The tables users read, as GitHub markdown: printed by ``xtrain backends``, pasted into the README.
+"""The tables users read, as GitHub markdown: printed by ``xtrain backends``, pasted into README and docs.
 
 Both are rendered from what the Trainer obeys (capabilities and rules), so they cannot say anything else.
 """
