@@ -4,7 +4,7 @@ import random
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from xtrain_backends.eager.averaging import average_gradients
 
 from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
@@ -112,6 +112,30 @@ def overflow(world_size, rank):
     return [[o.step_count, o.skipped_steps] for o in trainer.optimizers], trainer.backend.scaler.current_scale
 
 
+class RawStepAfterFailedClosure(Gan):
+    """A closure raises inside the step; the torch optimizer is stepped after that."""
+
+    def training_step(self, batch, batch_idx):
+        opt, _ = self.optimizers()
+
+        def closure():
+            opt.zero_grad()
+            self.manual_backward(self.G(batch[1]).sum())
+            raise KeyError("on purpose")
+
+        try:
+            opt.step(closure)
+        except KeyError:
+            self.raised = True
+        self.manual_backward(self.G(batch[1]).sum())
+        opt.optimizer.step()
+
+
+def raw_step_after_failed_closure(world_size, rank):
+    module = RawStepAfterFailedClosure()
+    make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, batches(1, world_size, rank))
+
+
 def reduced(world_size, rank):
     """Reduce whole numbers, whose mean is none."""
     joined(world_size, rank)
@@ -166,6 +190,18 @@ def uneven(counts, how, world_size, rank):
     module = Reads()
     make_trainer("cpu", "32-true", {}, max_epochs=2, uneven_batches=how).fit(module, Stream(counts[rank]))
     return module.seen
+
+
+class Items(IterableDataset):
+    def __iter__(self):
+        return iter(range(11))
+
+
+def stream(world_size, rank):
+    """Read a DataLoader without a length; return the numbers of each batch."""
+    module = Reads()
+    make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, DataLoader(Items(), batch_size=2))
+    return [batch for batch, _ in module.seen[0]]
 
 
 def orders(kind, world_size, rank):

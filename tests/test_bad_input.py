@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from small import SCALED, Automatic, Doing, Small, loader, refused, rows, says, trained, trainer
 from torch import nn
+from xtrain_backends.cpu import CPU
 
 from xtrain import (
+    Callback,
     ConfigurationError,
     LightningModule,
     NonFiniteLossError,
     ProtocolError,
     UnknownBackendError,
     UnsupportedCombinationError,
+    register_backend,
 )
 
 # ---------------------------------------------------------------- before the first batch
@@ -161,6 +165,14 @@ def test_vector_with_its_gradient_is_fine():
     trained(module=Doing(body))
 
 
+@register_backend
+class Queued(CPU):
+    """The cpu backend, used as a device that queues its work: values are read at log points only."""
+
+    name = "queued"
+    capabilities = replace(CPU.capabilities, asynchronous=True)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 class TestNonFiniteLoss:
     @staticmethod
@@ -179,10 +191,17 @@ class TestNonFiniteLoss:
         assert str(value) in str(caught.value) or "inf" in str(caught.value)
         says(caught.value, "finite")
 
-    def test_warn_once(self, value):
-        module = self.module(value)
+    @pytest.mark.parametrize("backend", ["cpu", "queued"])
+    def test_warn_once(self, value, backend):
+        def body(module, opt, batch):
+            opt.zero_grad()
+            module.manual_backward(module.loss(batch) + value)
+            with torch.no_grad():
+                module.net.bias.fill_(math.nan)  # another value, but no other news
+
+        module = Doing(body)
         with pytest.warns(UserWarning, match="nonfinite_loss") as caught:
-            trained(module=module)
+            trained(module=module, backend=backend, log_every_n_steps=1)
         assert module.begun == 4
         assert len(caught) == 1
 
@@ -196,6 +215,59 @@ class TestNonFiniteLoss:
 
         with pytest.raises(NonFiniteLossError):
             trained(module=Exploding(), nonfinite_loss="stop")
+
+
+@pytest.mark.parametrize("kind", [Doing, Automatic])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+class TestNonFiniteLossOnADeviceThatQueuesItsWork:
+    @staticmethod
+    def module(kind, value, first=0):
+        """Make a module whose loss is `value` from its batch number `first` on."""
+
+        class Exploding(Small):
+            automatic = kind is Automatic
+
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = self.automatic
+
+            def loss(self, batch):
+                return super().loss(batch) + (value if len(self.seen) > first else 0.0)
+
+            def training_step(self, batch, batch_idx):
+                if not self.automatic:
+                    return super().training_step(batch, batch_idx)
+                self.seen.append(batch_idx)
+                return self.loss(batch)
+
+        return Exploding()
+
+    def test_stop_at_the_next_log_point(self, kind, value):
+        module = self.module(kind, value)
+        with pytest.raises(NonFiniteLossError) as caught:
+            trained(loader(5), module, backend="queued", nonfinite_loss="stop", log_every_n_steps=3)
+        assert module.seen == [0, 1, 2]
+        says(caught.value, "finite", f"Received: {value}")
+
+    @pytest.mark.parametrize("every", [50, 0])
+    def test_stop_at_the_end_if_there_is_no_log_point_before(self, kind, value, every):
+        module = self.module(kind, value, first=4)
+        with pytest.raises(NonFiniteLossError):
+            trained(loader(5), module, backend="queued", nonfinite_loss="stop", log_every_n_steps=every)
+        assert module.seen == [0, 1, 2, 3, 4]
+
+    def test_warn_after_the_log_point(self, kind, value):
+        class Watching(Callback):
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+                seen_at.append((len(module.seen), len(caught)))
+
+        seen_at = []
+        with pytest.warns(UserWarning, match="nonfinite_loss") as caught:
+            trained(module=self.module(kind, value), backend="queued", log_every_n_steps=2, callbacks=Watching())
+        assert seen_at == [(1, 0), (2, 0), (3, 1), (4, 1)]
+
+    def test_ignore(self, kind, value):
+        trained(module=self.module(kind, value), backend="queued", nonfinite_loss="ignore", log_every_n_steps=1)
 
 
 @pytest.mark.parametrize("returned", [3.0, "loss", {"losses": 1}, [torch.ones(())]])

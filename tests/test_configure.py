@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
-from small import Automatic, Small, loader, net, says, trainer
+from small import Automatic, Small, loader, net, rows, says, trainer
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
 from xtrain import ConfigurationError
@@ -230,15 +233,39 @@ def test_without_optimizers_the_step_still_runs():
     assert run.global_step == 0
 
 
-def test_configure_optimizers_sees_how_long_training_will_be():
-    class OneCycle(Automatic):
-        def configure_optimizers(self):
-            self.expected = self.trainer.estimated_stepping_batches
-            return sgd(self.net)
+class OneCycle(Automatic):
+    """Reads how many steps there will be, as a scheduler over a whole training has to."""
 
+    def configure_optimizers(self):
+        self.expected = self.trainer.estimated_stepping_batches
+        return sgd(self.net)
+
+
+@pytest.mark.parametrize("endless", [False, True], ids=["5 batches", "endless stream"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 3, "limit_train_batches": 2},
+        {"max_epochs": 3, "limit_train_batches": 5, "accumulate_grad_batches": 2},
+        {"max_epochs": 3, "limit_train_batches": 5, "max_steps": 7},  # in the middle of an epoch
+        {"max_epochs": 3, "limit_train_batches": 5, "max_steps": 100},  # the epochs end first
+        {"max_epochs": 3, "limit_train_batches": 5, "max_steps": 4, "accumulate_grad_batches": 2},
+        {"max_epochs": -1, "max_steps": 7},
+        {"max_steps": 7, "accumulate_grad_batches": 2},  # no number of epochs at all
+        {"max_epochs": 1, "max_steps": 0},
+    ],
+    ids=str,
+)
+def test_configure_optimizers_sees_how_long_training_will_be(options, endless):
+    module, run = OneCycle(), trainer(**options)
+    run.fit(module, itertools.repeat(rows(2)) if endless else loader(5))
+    assert module.expected == run.optimizers[0].step_count == run.global_step
+
+
+def test_how_long_training_will_be_is_infinite_where_nothing_says_it():
     module = OneCycle()
-    trainer(max_epochs=3, accumulate_grad_batches=2).fit(module, loader(5))
-    assert module.expected == 3 * 3
+    trainer(max_epochs=1).fit(module, (rows(2) for _ in range(5)))
+    assert module.expected == math.inf
 
 
 # ---------------------------------------------------------------- schedulers of automatic optimization

@@ -87,6 +87,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pair):
     assert first[0] == [[3, 1], [4, 0]]
 
 
+def test_a_raw_step_is_still_refused_after_a_closure_that_failed(pair):
+    with pytest.raises(ProtocolError, match=r"a step of the raw optimizer 0 \(SGD\).*averag"):
+        pair.run(rank_jobs.raw_step_after_failed_closure)
+
+
 @pytest.mark.parametrize(("counts", "drop", "finish"), [((5, 3), 3, 5), ((2, 4), 2, 4), ((3, 3), 3, 3)])
 def test_ranks_that_do_not_know_their_lengths_end_together(pair, counts, drop, finish):
     for how, length in (("drop", drop), ("finish", finish)):
@@ -115,6 +120,10 @@ def test_the_order_of_an_epoch_is_that_of_torch(pair, kind, seed):
             expected.append([order[i : i + 4] for i in range(0, len(order), 4)])
         assert epochs == expected
         assert epochs[0] != epochs[1]
+
+
+def test_neighbours_in_a_stream_go_to_different_ranks(pair):
+    assert pair.run(rank_jobs.stream) == [[[0, 2], [4, 6], [8, 10]], [[1, 3], [5, 7], [9]]]
 
 
 def test_whole_numbers_are_reduced(pair):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -132,6 +133,55 @@ def direct_backward_and_raw_step(module, opt, batch):
 )
 def test_bypass_under_a_loss_scaler(body, parts):
     refused(ProtocolError, body, *parts, **SCALED)
+
+
+def failing_closure(module, opt, batch):
+    def closure():
+        opt.zero_grad()
+        module.manual_backward(module.loss(batch))
+        raise KeyError("on purpose")
+
+    opt.step(closure)
+
+
+def closure_of_a_step_that_fails(module, opt, batch):
+    def closure():
+        opt.zero_grad()
+        module.manual_backward(module.loss(batch))
+
+    with failing_step(opt):
+        opt.step(closure)
+
+
+def step_that_fails(module, opt, batch):
+    module.manual_backward(module.loss(batch))
+    with failing_step(opt):
+        opt.step()
+
+
+@contextmanager
+def failing_step(opt):
+    """Let torch's step raise, after xtrain has let it begin."""
+
+    def fail(*_):
+        raise KeyError("on purpose")
+
+    handle = opt.optimizer.register_step_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("step", [failing_closure, closure_of_a_step_that_fails, step_that_fails])
+def test_raw_step_is_still_refused_after_a_step_that_failed(step):
+    def body(module, opt, batch):
+        with pytest.raises(KeyError, match="on purpose"):
+            step(module, opt, batch)
+        opt.zero_grad()
+        raw_step(module, opt, batch)
+
+    refused(ProtocolError, body, "a step of the raw optimizer 0 (SGD)", "the loss scale", **SCALED)
 
 
 def test_direct_backward_is_still_refused_after_a_backward_that_failed():

@@ -113,8 +113,17 @@ def test_whole_batches_of_a_batch_sampler_go_to_ranks():
 
 def test_iterable_dataset_is_split_over_ranks_and_workers():
     assert parts(DataLoader(Count(), batch_size=3)) == [[[0, 2, 4], [6, 8, 10]], [[1, 3, 5], [7, 9, 11]]]
-    first, second = parts(DataLoader(Count(), batch_size=3, num_workers=2))
-    assert sorted(flat(first) + flat(second)) == list(range(12))
+    # Each worker makes batches of its own, and the loader takes one from each in turn.
+    workers = parts(DataLoader(Count(), batch_size=3, num_workers=2))
+    assert workers == [[[0, 4, 8], [2, 6, 10]], [[1, 5, 9], [3, 7, 11]]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_read_an_iterable_side_by_side(world_size, num_workers):
+    """After any number of steps the ranks together have read the beginning of the stream, without a gap."""
+    ranks = parts(DataLoader(Count(), batch_size=1, num_workers=num_workers), world_size)
+    assert [item for step in zip(*map(flat, ranks), strict=True) for item in step] == list(range(12))
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,12 @@ class GradientLife:
             fix = "a smaller learning rate, self.clip_gradients(...), or Trainer(nonfinite_loss='warn') to go on"
             raise NonFiniteLossError(explain("a finite loss", loss, fix))
         fix = "Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message"
-        self.warn_once(explain("a finite loss", loss, fix))
+        self.warn_once(explain("a finite loss", loss, fix), about="a loss that is not finite")
 
-    def warn_once(self, text: str) -> None:
-        """Warn, but only the first time in this run."""
-        if text not in self._warned:
-            self._warned.add(text)
+    def warn_once(self, text: str, about: str | None = None) -> None:
+        """Warn, but only the first time in this run; messages that differ in details have one subject, `about`."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             warnings.warn(text, UserWarning, stacklevel=4)
 
     def wrapper_of(self, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
@@ -214,7 +214,10 @@ class LightningOptimizer:
         for hook in self._life.hooks["on_before_optimizer_step"]:
             hook(self.optimizer)
         self._stepping = True
-        _, applied = self._backend.step(self)
+        try:
+            _, applied = self._backend.step(self)
+        finally:
+            self._stepping = False
         self._record(applied)
         return applied
 
@@ -245,7 +248,6 @@ class LightningOptimizer:
 
     def _record(self, applied: bool) -> None:
         self.phase = Phase.STEPPED
-        self._stepping = False
         self.applied = applied
         if applied:
             self.step_count += 1
