@@ -7,10 +7,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from xtrain.contract import Capabilities
+from xtrain.contract import Capabilities, Rule, Situation
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
-from xtrain.rules import Rule, Situation
 
 from .eager.backend import EagerBackend
 

@@ -13,7 +13,7 @@ import torch
 from xtrain_backends.eager.backend import EagerBackend
 
 from xtrain import Capabilities, LightningModule, register_backend
-from xtrain.rules import Rule
+from xtrain.contract import Rule
 from xtrain.testing import BackendConformance, experiments
 from xtrain.testing.experiments import EXPERIMENTS, Outcome, perform
 from xtrain.testing.misuse import MISUSES
@@ -66,7 +66,7 @@ def broken(label, **verbs):
 
 def keeps_gradients(self, optimizer, set_to_none=True):
     if self.scaler is not None:
-        self.scaler.forget(optimizer.optimizer)
+        self.scaler.forget(optimizer)
 
 
 def zeroes_everything(self, optimizer, set_to_none=True):
@@ -137,7 +137,7 @@ def never_unscales_twice(self, optimizer):
 
 def leaves_accumulated(self):
     if self.scaler is not None:
-        self.scaler.update_once()
+        self.scaler.update([])
 
 
 def cached_autocast(self):
@@ -270,7 +270,7 @@ def test_a_guard_that_is_off_is_noticed():
 
 def test_state_that_does_not_come_back_is_noticed():
     suite_for("sound").test_state_is_portable("16-mixed")
-    loses = broken("state", load_state_dict=lambda self, state: setattr(self.scaler, "_host_scale", 3.0))
+    loses = broken("state", load_state_dict=lambda self, state: setattr(self.scaler, "current_scale", 3.0))
     with pytest.raises(AssertionError):
         suite_for(loses).test_state_is_portable("16-mixed")
 

@@ -14,18 +14,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from enum import Enum
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from xtrain.collectives import Collectives as Collectives
 from xtrain.precision import Precision
 from xtrain.tensors import map_tensors as map_tensors
-
-if TYPE_CHECKING:
-    from xtrain.optimizer import LightningOptimizer
-    from xtrain.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,31 @@ class Capabilities:
     asynchronous: bool = True
     multi_process: bool = False
     inference_mode: bool = True
+
+
+class Phase(Enum):
+    """Where the gradients of one optimizer are in their life."""
+
+    EMPTY = "zeroed"
+    ACCUMULATED = "accumulated by backward"
+    FINALIZED = "averaged over ranks and unscaled"
+    STEPPED = "consumed by a step"
+
+
+class OptimizerHandle(Protocol):
+    """An optimizer of the run, as a backend sees it; hashable by identity."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The user's `torch.optim.Optimizer`."""
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The module's parameters that it trains, see `Backend.parameters_of`."""
+
+    @property
+    def phase(self) -> Phase:
+        """Where its gradients are in their life."""
 
 
 class Backend(ABC):
@@ -97,13 +120,13 @@ class Backend(ABC):
         """Move `module` to `device` in the policy's parameter dtype; tied parameters stay tied."""
 
     @abstractmethod
-    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         """Make engines, scalers or shards for `optimizers`, which hold the parameters that train."""
 
     # ---------------------------------------------------------------- the life of a gradient
 
     @abstractmethod
-    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
+    def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
         """Drop the gradients of `optimizer`, wherever the backend keeps them."""
 
     @abstractmethod
@@ -111,17 +134,15 @@ class Backend(ABC):
         """Add the gradients of `loss` (0-dim) to what is accumulated; extra arguments reach autograd."""
 
     @abstractmethod
-    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
+    def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
         """Make the gradients of `optimizer` true: averaged over ranks and unscaled."""
 
     @abstractmethod
-    def clip_gradients(
-        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
-    ) -> Tensor:
+    def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         """Clip finalized gradients in place and return their total 2-norm before clipping, 0-dim."""
 
     @abstractmethod
-    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
         """Run the torch step. Returns its result and whether parameters were updated."""
 
     @abstractmethod
@@ -164,11 +185,11 @@ class Backend(ABC):
         """Return a context in which every parameter of `module` is whole (ZeRO-3 gathers here)."""
         return nullcontext()
 
-    def parameters_of(self, optimizer: LightningOptimizer) -> list[Tensor]:
+    def parameters_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
         """Return the module's parameters that `optimizer` trains; override where shards stand in its groups."""
         return [p for group in optimizer.optimizer.param_groups for p in group["params"]]
 
-    def has_gradients(self, optimizer: LightningOptimizer) -> bool:
+    def has_gradients(self, optimizer: OptimizerHandle) -> bool:
         """Return whether any parameter of `optimizer` has a gradient."""
         return any(p.grad is not None for p in self.parameters_of(optimizer))
 
@@ -185,3 +206,39 @@ class Backend(ABC):
 
     def teardown(self) -> None:  # noqa: B027  # nor anything to release
         """Release what `launch` and the setups took. Called once, also after an exception."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything the rules may look at, known before data is touched."""
+
+    backend: Backend
+    precision: Precision
+    optimizers: Sequence[Optimizer]
+    automatic: bool = False
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
+    scaler_kwargs: dict[str, object] | None = None
+    devices: int | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One refused combination.
+
+    Attributes:
+        id: a short stable name.
+        combination: what does not go together, as shown in the table.
+        reason: why not.
+        fix: what to write instead.
+        reference: an upstream document or a file of this project.
+        check: returns what was found in a `Situation`, or None if the rule does not apply.
+    """
+
+    id: str
+    combination: str
+    reason: str
+    fix: str
+    reference: str
+    check: Callable[[Situation], str | None]

@@ -201,16 +201,8 @@ class LightningModule(ModuleHooks, nn.Module):
                     "def __init__(self): super().__init__(); self.automatic_optimization = False",
                 )
             )
-        finalized = life.before_backward(loss, bool(args) or "gradient" in kwargs)
-        try:
+        with life.backward(loss, bool(args) or "gradient" in kwargs):
             life.backend.backward(loss, *args, **kwargs)
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error) and life.stepped:
-                raise ProtocolError(explain(_STEPPED_BETWEEN[0], f"{error}", _STEPPED_BETWEEN[1])) from error
-            raise
-        finally:
-            life.in_backward = False
-        life.after_backward(finalized)
 
     def clip_gradients(
         self,
@@ -301,12 +293,6 @@ class LightningModule(ModuleHooks, nn.Module):
         values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
         self._log_hparams = logger
         self._hparams.update(values)
-
-
-_STEPPED_BETWEEN = (
-    "every backward before a step changes the parameters that its forward used",
-    "self.manual_backward(loss_a); self.manual_backward(loss_b); opt_a.step(); opt_b.step()",
-)
 
 
 def _undefined(module: LightningModule, name: str) -> ConfigurationError:

@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any, Literal
 
 import torch
@@ -21,20 +20,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from xtrain.checks import check_clip_value
-from xtrain.contract import Backend
+from xtrain.contract import Backend, Phase
 from xtrain.errors import ConfigurationError, NonFiniteLossError, ProtocolError, explain
 from xtrain.toggle import ToggleStack
 
 Hooks = dict[str, list[Callable[..., Any]]]
-
-
-class Phase(Enum):
-    """Where the gradients of one optimizer are in their life."""
-
-    EMPTY = "zeroed"
-    ACCUMULATED = "accumulated by backward"
-    FINALIZED = "averaged over ranks and unscaled"
-    STEPPED = "consumed by a step"
 
 
 class GradientLife:
@@ -62,8 +52,43 @@ class GradientLife:
         """Take in the user's `optimizers`."""
         self.optimizers.extend(LightningOptimizer(optimizer, self) for optimizer in optimizers)
 
-    def before_backward(self, loss: Tensor, has_gradient_argument: bool) -> list[tuple[LightningOptimizer, list[Any]]]:
-        """Check `loss`; return the optimizers whose finalized gradients it must not reach."""
+    @contextmanager
+    def backward(self, loss: Tensor, has_gradient_argument: bool = False) -> Iterator[None]:
+        """Return the context of one backward: checks before, bookkeeping and hooks around it.
+
+        Args:
+            loss: what the backward starts from.
+            has_gradient_argument: the caller gives ``gradient``, so `loss` may have several elements.
+
+        Raises:
+            ConfigurationError: if `loss` is no scalar tensor or has no graph.
+            NonFiniteLossError: if it is NaN or infinite and the run is to stop there.
+            ProtocolError: if the backward reached gradients that were already finalized, or parameters that
+                were stepped after its forward.
+        """
+        self._check_loss(loss, has_gradient_argument)
+        for hook in self.hooks["on_before_backward"]:
+            hook(loss)
+        finalized = [(o, o.gradient_versions()) for o in self.optimizers if o.phase is Phase.FINALIZED]
+        self.in_backward = True
+        try:
+            yield
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error) and self.stepped:
+                raise ProtocolError(explain(_STEPPED_BETWEEN[0], f"{error}", _STEPPED_BETWEEN[1])) from error
+            raise
+        finally:
+            self.in_backward = False
+        for optimizer, versions in finalized:
+            if optimizer.gradient_versions() != versions:
+                raise ProtocolError(_BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
+        for optimizer in self.toggles.active[-1:] or self.optimizers:
+            if optimizer.phase is not Phase.FINALIZED:
+                optimizer.phase = Phase.ACCUMULATED
+        for hook in self.hooks["on_after_backward"]:
+            hook()
+
+    def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:
         if not isinstance(loss, Tensor):
             raise ConfigurationError(_LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
         if loss.numel() != 1 and not has_gradient_argument:
@@ -75,25 +100,6 @@ class GradientLife:
                 self.last_loss = loss.detach()
             elif not math.isfinite(value := loss.item()):
                 self.check_finite(value)
-        for hook in self.hooks["on_before_backward"]:
-            hook(loss)
-        self.in_backward = True
-        return [(o, o.gradient_versions()) for o in self.optimizers if o.phase is Phase.FINALIZED]
-
-    def after_backward(self, finalized: list[tuple[LightningOptimizer, list[Any]]]) -> None:
-        """Note that gradients were added.
-
-        Raises:
-            ProtocolError: if the backward reached gradients that were already finalized.
-        """
-        for optimizer, versions in finalized:
-            if optimizer.gradient_versions() != versions:
-                raise ProtocolError(_BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
-        for optimizer in self.toggles.active[-1:] or self.optimizers:
-            if optimizer.phase is not Phase.FINALIZED:
-                optimizer.phase = Phase.ACCUMULATED
-        for hook in self.hooks["on_after_backward"]:
-            hook()
 
     def guard(self) -> list[Any]:
         """Refuse raw steps and direct backwards where the backend would lose something by them.
@@ -325,6 +331,10 @@ _NOTHING_ACCUMULATED = (
     "Expected gradients made by manual_backward before clipping or stepping {optimizer}. "
     "Received: none (its gradients are {phase}).\n"
     "Fix:  opt.zero_grad(); self.manual_backward(loss); opt.step()"
+)
+_STEPPED_BETWEEN = (
+    "every backward before a step changes the parameters that its forward used",
+    "self.manual_backward(loss_a); self.manual_backward(loss_b); opt_a.step(); opt_b.step()",
 )
 _CLIP_AFTER_STEP = (
     "Expected clip_gradients before step. Received: clip_gradients for {optimizer}, which has already stepped.\n"

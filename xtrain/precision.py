@@ -1,20 +1,16 @@
-"""Precision policies, and the loss scaler for several optimizers.
+"""Precision policies: in which dtype a module's parameters live and in which its forward runs.
 
-A policy says in which dtype a module's parameters live and in which its forward runs; it holds no
-state. The one stateful part, `LossScaler`, exists for ``16-mixed`` only.
+A policy holds no state; the loss scale of ``16-mixed`` is in `xtrain.scaler`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from xtrain.errors import ConfigurationError, explain
 
@@ -103,111 +99,3 @@ def resolve_precision(spelling: str | int | None) -> Precision:
         known = ", ".join(map(repr, PRECISIONS))
         raise ConfigurationError(explain(f"a precision out of {known}", repr(spelling), "Trainer(precision='32-true')"))
     return PRECISIONS[name]
-
-
-class LossScaler(torch.amp.GradScaler):
-    """A `torch.amp.GradScaler` whose scale changes once per training step, for all optimizers together.
-
-    `torch.amp.GradScaler.update` resets the state of every optimizer, so with two optimizers it
-    unscales the second one twice, or grows and backs off twice per step. Here each optimizer is
-    forgotten as soon as it has stepped, overflows are collected, and `update_once` acts on them at
-    the boundary of the training step. Gradients that outlive a change of the scale (accumulated
-    ones, or one loss that fed two optimizers) are multiplied by the exact ratio: scales are powers
-    of two unless the user chose other factors.
-
-    Args:
-        device_type: ``"cuda"`` or ``"cpu"``.
-        **kwargs: those of `torch.amp.GradScaler`: ``init_scale``, ``growth_factor``,
-            ``backoff_factor``, ``growth_interval``.
-
-    Raises:
-        ConfigurationError: for an unknown keyword or a value `GradScaler` does not take.
-    """
-
-    def __init__(self, device_type: str, **kwargs: Any) -> None:
-        unknown = sorted(set(kwargs) - {"init_scale", "growth_factor", "backoff_factor", "growth_interval"})
-        if unknown:
-            raise ConfigurationError(
-                explain(
-                    "scaler_kwargs out of init_scale, growth_factor, backoff_factor, growth_interval",
-                    ", ".join(unknown),
-                    "Trainer(scaler_kwargs={'init_scale': 2.0**16, 'growth_interval': 2000})",
-                )
-            )
-        try:
-            super().__init__(device_type, **kwargs)
-        except (AssertionError, TypeError) as error:
-            raise ConfigurationError(f"scaler_kwargs={kwargs}: {error}") from error
-        # The overflow flag is read at every step anyway, so scale and tracker are kept on the host.
-        self._host_scale = float(self.get_scale())
-        self._good_steps = 0
-        self._stepped = self._overflowed = False
-
-    @property
-    def current_scale(self) -> float:
-        """The scale as a Python float, without asking the device."""
-        return self._host_scale
-
-    def may_step(self, optimizer: Optimizer) -> bool:
-        """Return whether the unscaled gradients of `optimizer` are finite, which it is to step on.
-
-        Reading the flag waits for the device, as `GradScaler.step` does.
-        """
-        found = self._per_optimizer_states.pop(id(optimizer))["found_inf_per_device"]
-        overflowed = any(flag.item() for flag in found.values())
-        self._stepped = True
-        self._overflowed |= overflowed
-        return not overflowed
-
-    def record(self, overflowed: bool) -> None:
-        """Count a step whose gradients the backend unscaled and checked itself."""
-        self._stepped = True
-        self._overflowed |= overflowed
-
-    def forget(self, optimizer: Optimizer) -> None:
-        """Drop what is known about the gradients of `optimizer`, which were zeroed."""
-        self._per_optimizer_states.pop(id(optimizer), None)
-
-    def update_once(self) -> float:
-        """Grow or back off the scale if any optimizer stepped since the last call.
-
-        Returns:
-            The new scale divided by the old one; 1.0 if it did not change.
-        """
-        if not self._stepped:
-            return 1.0
-        ratio = 1.0
-        self._good_steps = 0 if self._overflowed else self._good_steps + 1
-        if self._overflowed:
-            ratio = self.get_backoff_factor()
-        elif self._good_steps == self.get_growth_interval():
-            ratio, self._good_steps = self.get_growth_factor(), 0
-        self._stepped = self._overflowed = False
-        if ratio != 1.0:
-            self._set_scale(self._host_scale * ratio)
-        return ratio
-
-    def _set_scale(self, scale: float) -> None:
-        # Not GradScaler.update: it would forget overflows of optimizers that have not stepped yet.
-        self._host_scale = self._init_scale = scale
-        if self._scale is not None:
-            self._scale.fill_(scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scale and the number of good steps since it last changed."""
-        return {"scale": self._host_scale, "good_steps": self._good_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        scale = float(state_dict["scale"])
-        if not (math.isfinite(scale) and scale > 0):
-            raise ConfigurationError(explain("a loss scale that is finite and positive", scale))
-        self._good_steps = int(state_dict["good_steps"])
-        self._set_scale(scale)
-
-
-def rescale_gradients(parameters: Iterable[Tensor], ratio: float) -> None:
-    """Multiply the existing gradients of `parameters` by `ratio`, in place."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients and ratio != 1.0:
-        torch._foreach_mul_(gradients, ratio)

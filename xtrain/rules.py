@@ -7,50 +7,12 @@ live on that backend (`Backend.rules`); the table users see is the union.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from torch.optim import LBFGS, Optimizer
 
-from xtrain.contract import Backend
+from xtrain.contract import Backend, Rule, Situation
 from xtrain.errors import UnsupportedCombinationError
-from xtrain.precision import Precision
-
-
-@dataclass(frozen=True)
-class Situation:
-    """Everything the rules may look at, known before data is touched."""
-
-    backend: Backend
-    precision: Precision
-    optimizers: Sequence[Optimizer]
-    automatic: bool = False
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = None
-    gradient_clip_algorithm: str | None = None
-    scaler_kwargs: dict[str, object] | None = None
-    devices: int | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One refused combination.
-
-    Attributes:
-        id: a short stable name.
-        combination: what does not go together, as shown in the table.
-        reason: why not.
-        fix: what to write instead.
-        reference: an upstream document or a file of this project.
-        check: returns what was found in a `Situation`, or None if the rule does not apply.
-    """
-
-    id: str
-    combination: str
-    reason: str
-    fix: str
-    reference: str
-    check: Callable[[Situation], str | None]
 
 
 def reevaluates_closure(optimizer: Optimizer) -> bool:

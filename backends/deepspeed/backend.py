@@ -13,13 +13,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from xtrain.contract import Backend, Capabilities
+from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
-from xtrain.optimizer import LightningOptimizer
-from xtrain.precision import LossScaler, rescale_gradients
 
 from ..eager.process_group import join_processes, random_stream
 from ..eager.replicas import check_module, check_optimizers
+from ..eager.scaling import ScalingBackend
 from .config import check_precision, engine_config, read_config
 from .engine import OptimizerEngine
 from .rules import RULES
@@ -27,7 +26,7 @@ from .sharding import ShardedModule, Undo
 
 
 @final
-class DeepSpeed(Backend):
+class DeepSpeed(ScalingBackend):
     """Trains with DeepSpeed: each optimizer of ``configure_optimizers`` becomes an engine of its own.
 
     The module stays the user's and is called directly. Gradients are whole and local until they are
@@ -68,8 +67,7 @@ class DeepSpeed(Backend):
         self.config = read_config(given, config, os.environ)
         self.stage: int = self.config["zero_optimization"]["stage"]
         self.timeout = timedelta(seconds=timeout)
-        self.scaler: LossScaler | None = None
-        self._engines: dict[int, OptimizerEngine] = {}
+        self._engines: dict[OptimizerHandle, OptimizerEngine] = {}
         self._sharded: ShardedModule | None = None
         self._undo: Undo | None = None
 
@@ -105,9 +103,8 @@ class DeepSpeed(Backend):
         if self.collectives.world_size > 1:
             check_module(module, self.collectives, broadcast_start=True)
 
-    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
-        if self.precision.loss_scaling and self.scaler is None:
-            self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
+        self._start_scaler()
         names = {parameter: name for name, parameter in module.named_parameters()}
         owned = [_named(optimizer, names) for optimizer in optimizers]
         if self.collectives.world_size > 1:
@@ -121,7 +118,7 @@ class DeepSpeed(Backend):
         if self.stage == 3:
             self._sharded = ShardedModule(module, engine_config(self.config, names, self.precision))
         self._engines = {
-            id(optimizer): OptimizerEngine(
+            optimizer: OptimizerEngine(
                 optimizer,
                 named,
                 engine_config(self.config, named.values(), self.precision),
@@ -147,8 +144,10 @@ class DeepSpeed(Backend):
 
     # ---------------------------------------------------------------- the life of a gradient
 
-    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
-        self._engines[id(optimizer)].zero_grad(set_to_none)
+    def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
+        self._engines[optimizer].zero_grad(set_to_none)
+        if self.scaler is not None:
+            self.scaler.forget(optimizer)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.scaler is not None:
@@ -160,23 +159,25 @@ class DeepSpeed(Backend):
                 retained = bool(kwargs.get("retain_graph") or kwargs.get("create_graph") or any(args[1:3]))
                 self._sharded.backward(lambda: loss.backward(*args, **kwargs), retained)
 
-    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
-        scale = None if self.scaler is None else self.scaler.current_scale
-        self._engines[id(optimizer)].finalize(scale)
+    def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
+        if self.scaler is None:
+            self._engines[optimizer].finalize(None)
+        else:
+            self._engines[optimizer].finalize(self.scaler.current_scale)
+            self.scaler.note_unscaled(optimizer)
 
-    def clip_gradients(
-        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
-    ) -> Tensor:
-        return self._engines[id(optimizer)].clip(value, algorithm)
+    def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
+        return self._engines[optimizer].clip(value, algorithm)
 
-    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
-        engine = self._engines[id(optimizer)]
+    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        engine = self._engines[optimizer]
         if self._sharded is not None:
             self._sharded.release(engine.parameters)
         with self.precision.suspended(self.device.type):
             applied = engine.step()
         if self.scaler is not None:
             self.scaler.record(engine.overflowed)
+            self.scaler.forget(optimizer)  # the gradients of the step are kept apart, and are no part of new ones
         if self._sharded is not None:
             self._sharded.hold()
         return None, applied
@@ -184,12 +185,8 @@ class DeepSpeed(Backend):
     def step_boundary(self) -> None:
         if self._sharded is not None:
             self._sharded.step_boundary()
-        if self.scaler is None:
-            return
-        ratio = self.scaler.update_once()
-        for engine in self._engines.values():
-            if engine.gradients is None:  # what is finalized has lost the scale
-                rescale_gradients(engine.parameters, ratio)
+        if self.scaler is not None:
+            self.scaler.update(self._engines)
 
     # ---------------------------------------------------------------- where DeepSpeed differs
 
@@ -204,22 +201,15 @@ class DeepSpeed(Backend):
         for engine in self._engines.values():
             engine.adopt_writes()
 
-    def parameters_of(self, optimizer: LightningOptimizer) -> list[Tensor]:
-        engine = self._engines.get(id(optimizer))
+    def parameters_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
+        engine = self._engines.get(optimizer)
         return super().parameters_of(optimizer) if engine is None else list(engine.every_parameter)
 
-    def has_gradients(self, optimizer: LightningOptimizer) -> bool:
-        return self._engines[id(optimizer)].has_gradients
+    def has_gradients(self, optimizer: OptimizerHandle) -> bool:
+        return self._engines[optimizer].has_gradients
 
     def unseen_gradient(self) -> str | None:
         return "the averaging over processes, the loss scale and the partitioned step of DeepSpeed"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.scaler is not None and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
 
 
 def _start_deepspeed(kind: str, zero: dict[str, Any]) -> None:
@@ -239,7 +229,7 @@ def _start_deepspeed(kind: str, zero: dict[str, Any]) -> None:
     deepspeed.init_distributed(dist_backend=kind, auto_mpi_discovery=False, verbose=False)
 
 
-def _named(optimizer: LightningOptimizer, names: Mapping[Any, str]) -> dict[str, nn.Parameter]:
+def _named(optimizer: OptimizerHandle, names: Mapping[Any, str]) -> dict[str, nn.Parameter]:
     named: dict[str, Any] = {}
     for parameter in optimizer.parameters:
         if parameter not in names:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from xtrain.collectives import Collectives
+from xtrain.contract import OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
-from xtrain.optimizer import LightningOptimizer
 
 
 class Owner(nn.Module):
@@ -94,7 +94,7 @@ class OptimizerEngine:
 
     def __init__(
         self,
-        optimizer: LightningOptimizer,
+        optimizer: OptimizerHandle,
         named: Mapping[str, nn.Parameter],
         config: dict[str, Any],
         collectives: Collectives,

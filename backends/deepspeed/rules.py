@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Adafactor, Adagrad, Muon, SparseAdam
 
-from xtrain.rules import Rule, Situation
+from xtrain.contract import Rule, Situation
 
 
 def _stage(situation: Situation) -> int:

@@ -15,17 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xtrain.contract import Backend
-from xtrain.optimizer import LightningOptimizer, Phase
-from xtrain.precision import LossScaler, rescale_gradients
+from xtrain.contract import OptimizerHandle
 from xtrain.rules import reevaluates_closure
 
 from .averaging import average_gradients
 from .process_group import join_processes, random_stream
 from .replicas import check_module, check_optimizers
+from .scaling import ScalingBackend
 
 
-class EagerBackend(Backend):
+class EagerBackend(ScalingBackend):
     """Backward, clip and step of plain PyTorch, with the loss scaler for several optimizers.
 
     Args:
@@ -34,11 +33,9 @@ class EagerBackend(Backend):
         timeout: seconds that a process waits for the others before it gives up.
     """
 
-    scaler: LossScaler | None = None
-    _optimizers: Sequence[LightningOptimizer] = ()
+    _optimizers: Sequence[OptimizerHandle] = ()
     _width: int = 0  # parameters of the largest optimizer
     _replicated: bool = False  # whether there are other processes
-    _unscaled: frozenset[int] = frozenset()  # ids of optimizers whose gradients have lost the loss scale
 
     def __init__(self, broadcast_start: bool = False, timeout: float = 600.0) -> None:
         self.broadcast_start = broadcast_start
@@ -53,60 +50,47 @@ class EagerBackend(Backend):
             check_module(module, self.collectives, self.broadcast_start)
         module.to(self.device, self.precision.parameter_dtype)
 
-    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         self._optimizers = optimizers
-        self._unscaled = frozenset()
         if self._replicated:
             check_optimizers(module, optimizers, self.collectives)
             self._width = max((len(o.parameters) for o in optimizers), default=0)
-        if self.precision.loss_scaling and self.scaler is None:
-            self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+        self._start_scaler()
 
     def random_stream(self) -> AbstractContextManager[None]:
         return random_stream(self.collectives, self.device)
 
-    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
+    def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
         optimizer.optimizer.zero_grad(set_to_none)
         if self.scaler is not None:
-            self.scaler.forget(optimizer.optimizer)
-            self._unscaled -= {id(optimizer)}
+            self.scaler.forget(optimizer)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.precision.name == "32-true":  # the common case costs nothing
             loss.backward(*args, **kwargs)
             return
         if self.scaler is not None:
-            self._restore_scale(self.scaler)
+            self.scaler.restore(self._optimizers)
             loss = self.scaler.scale(loss)
         with self.precision.suspended(self.device.type):
             loss.backward(*args, **kwargs)
 
-    def _restore_scale(self, scaler: LossScaler) -> None:
-        """Give what is left from an earlier step its scale back, before scaled gradients are added."""
-        for optimizer in self._optimizers:
-            if id(optimizer) in self._unscaled and optimizer.phase is Phase.STEPPED:
-                rescale_gradients(optimizer.parameters, scaler.current_scale)
-                self._unscaled -= {id(optimizer)}
-
-    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
+    def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
         if self._replicated:  # an overflow on one rank is one on all of them after this
             position = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
             average_gradients(optimizer.parameters, position, self._width)
         if self.scaler is not None:
-            self.scaler.unscale_(optimizer.optimizer)
-            self._unscaled |= {id(optimizer)}
+            self.scaler.unscale(optimizer)
 
-    def clip_gradients(
-        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
-    ) -> Tensor:
+    def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         if algorithm == "norm":
             return nn.utils.clip_grad_norm_(optimizer.parameters, value)
         norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
         nn.utils.clip_grad_value_(optimizer.parameters, value)
         return norm
 
-    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
-        if self.scaler is not None and not self.scaler.may_step(optimizer.optimizer):
+    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        if self.scaler is not None and not self.scaler.may_step(optimizer):
             return None, False
         if closure is not None and self._replicated and reevaluates_closure(optimizer.optimizer):
             closure = self._averaged(closure)
@@ -126,22 +110,10 @@ class EagerBackend(Backend):
         return evaluate
 
     def step_boundary(self) -> None:
-        if self.scaler is None:
-            return
-        ratio = self.scaler.update_once()
-        if ratio != 1.0:
-            for optimizer in self._optimizers:
-                if id(optimizer) not in self._unscaled:
-                    rescale_gradients(optimizer.parameters, ratio)
+        if self.scaler is not None:
+            self.scaler.update(self._optimizers)
 
     def unseen_gradient(self) -> str | None:
         lost = ["the average over processes"] if self._replicated else []
         lost += [] if self.scaler is None else ["the loss scale"]
         return " and ".join(lost) or None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.scaler is not None and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from xtrain.collectives import Collectives
+from xtrain.contract import OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
-from xtrain.optimizer import LightningOptimizer
 
 from .process_group import gather_objects
 
@@ -37,7 +37,7 @@ def check_module(module: nn.Module, collectives: Collectives, broadcast_start: b
         _check_values(dict(module.named_parameters()), collectives)
 
 
-def check_optimizers(module: nn.Module, optimizers: Sequence[LightningOptimizer], collectives: Collectives) -> None:
+def check_optimizers(module: nn.Module, optimizers: Sequence[OptimizerHandle], collectives: Collectives) -> None:
     """Make sure that all ranks have the same optimizers for the same parameters.
 
     Raises:
@@ -47,7 +47,7 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[LightningOptimizer]
     lines = [f"{len(optimizers)} optimizers"]
     for index, optimizer in enumerate(optimizers):
         lines.append(f"optimizer {index}: {type(optimizer.optimizer).__name__}")
-        for number, group in enumerate(optimizer.param_groups):
+        for number, group in enumerate(optimizer.optimizer.param_groups):
             held = " ".join(names.get(id(p), f"unnamed {tuple(p.shape)}") for p in group["params"])
             lines.append(f"optimizer {index}, group {number}: {held}")
     _check_lines(lines, collectives)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from xtrain.collectives import Collectives
-from xtrain.contract import Backend, Capabilities
+from xtrain.contract import Backend, Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
-from xtrain.optimizer import LightningOptimizer, Phase
 from xtrain.tensors import map_tensors, tensors_in
 
 from . import watch as watch
@@ -88,7 +87,7 @@ class XLA(Backend):
         self.axes = check_axes(mesh)
         self.last_batch, self.strict, self.compile_cache = last_batch, strict, compile_cache
         self._steps: dict[int, Step | HostLBFGS] = {}
-        self._optimizers: Sequence[LightningOptimizer] = ()
+        self._optimizers: Sequence[OptimizerHandle] = ()
         self._hooks: list[Any] = []
         self._told: set[str] = set()
 
@@ -161,7 +160,7 @@ class XLA(Backend):
         if isinstance(self.collectives, Replicas):
             self.collectives.share_module(module)
 
-    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[LightningOptimizer]) -> None:
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         self._optimizers = optimizers
         taken: Taken = {}
         layout = None if self._mesh is None else self._mesh.of_state
@@ -189,7 +188,7 @@ class XLA(Backend):
         with self._syncs.watching(), super().forward_context():
             yield
 
-    def zero_grad(self, optimizer: LightningOptimizer, set_to_none: bool = True) -> None:
+    def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
         self._guard.verb("zero_grad", optimizer)
         optimizer.optimizer.zero_grad(set_to_none)
 
@@ -199,13 +198,11 @@ class XLA(Backend):
         with self.precision.suspended(self.device.type):
             loss.backward(*args, **kwargs)
 
-    def finalize_gradients(self, optimizer: LightningOptimizer) -> None:
+    def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
         if isinstance(self.collectives, Replicas):
             self.collectives.average_gradients(optimizer.parameters)
 
-    def clip_gradients(
-        self, optimizer: LightningOptimizer, value: float, algorithm: Literal["norm", "value"]
-    ) -> Tensor:
+    def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         self._guard.verb("clip", optimizer)
         grads = [p.grad for p in optimizer.parameters if p.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
@@ -218,7 +215,7 @@ class XLA(Backend):
                     grad.clamp_(-value, value)
         return norm
 
-    def step(self, optimizer: LightningOptimizer, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
         self._guard.verb("step", optimizer)
         with self.precision.suspended(self.device.type):
             return self._steps[id(optimizer)](closure), True

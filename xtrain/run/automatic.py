@@ -47,7 +47,9 @@ class AutomaticStep:
                 raise _SkipBatchError
             if self._window == 0:
                 self._module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
-            self._backward(loss / trainer.accumulate_grad_batches)
+            loss_of_batch = loss / trainer.accumulate_grad_batches
+            with self._life.backward(loss_of_batch):
+                self._life.backend.backward(loss_of_batch)
             return loss
 
         optimizer = self._life.optimizers[0]
@@ -64,14 +66,6 @@ class AutomaticStep:
         if optimizer.step_count > steps:  # a step skipped by the loss scaler moves no schedule
             self.step_schedulers("step", optimizer.step_count)
         return outputs
-
-    def _backward(self, loss: Tensor) -> None:
-        finalized = self._life.before_backward(loss, False)
-        try:
-            self._life.backend.backward(loss)
-        finally:
-            self._life.in_backward = False
-        self._life.after_backward(finalized)
 
     def _clip(self, optimizer: Any) -> None:
         trainer = self._trainer

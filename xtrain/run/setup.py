@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from xtrain.callbacks.base import Callback
 from xtrain.configure import check_monitors, read_optimizers
+from xtrain.contract import Situation
 from xtrain.data.loaders import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
 from xtrain.hooks import collect_hooks
 from xtrain.launch.join import together
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
-from xtrain.rules import Situation, check_rules
+from xtrain.rules import check_rules
 
 if TYPE_CHECKING:
     from xtrain.trainer import Trainer

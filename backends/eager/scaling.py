@@ -1,0 +1,32 @@
+"""What backends share that train with a loss scale (``16-mixed``): its creation and its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtrain.contract import Backend
+from xtrain.scaler import LossScaler
+
+
+class ScalingBackend(Backend):
+    """A backend that scales its losses under ``16-mixed``.
+
+    Attributes:
+        scaler: knows the scale, and whose gradients carry it; None under other precisions.
+    """
+
+    scaler: LossScaler | None = None
+
+    def _start_scaler(self) -> None:
+        """Make the scaler of a run; a second run goes on with the scale of the first."""
+        if self.scaler is not None:
+            self.scaler.begin()
+        elif self.precision.loss_scaling:
+            self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,168 @@
+"""The loss scale of ``16-mixed``: one scale, any number of optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtrain.contract import OptimizerHandle, Phase
+from xtrain.errors import ConfigurationError, explain
+
+
+class LossScaler:
+    """Scales losses so that fp16 gradients do not underflow: one scale for all optimizers of a training step.
+
+    `torch.amp.GradScaler.update` resets the state of every optimizer, so with two optimizers it
+    unscales the second one twice, or grows and backs off twice per step. Here overflows are collected
+    until the boundary of the training step, where the scale changes once. The scaler alone knows whose
+    gradients carry it: gradients that outlive a change of the scale (accumulated ones, or one loss that
+    fed two optimizers) are multiplied by the exact ratio, and gradients left over from an earlier step
+    get their scale back before a scaled loss adds to them. Scales are powers of two unless the user
+    chose other factors, so nothing is rounded.
+
+    Args:
+        device_type: where the gradients are, ``"cuda"`` or ``"cpu"``.
+        **options: those of `torch.amp.GradScaler`: ``init_scale`` (65536), ``growth_factor`` (2),
+            ``backoff_factor`` (0.5), ``growth_interval`` (2000 training steps).
+
+    Raises:
+        ConfigurationError: for an unknown option or a value that means nothing.
+    """
+
+    def __init__(self, device_type: str, **options: Any) -> None:
+        values = {"init_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+        unknown = sorted(options.keys() - values.keys())
+        if unknown:
+            raise _wrong_options("scaler_kwargs out of init_scale, growth_factor, backoff_factor, growth_interval",
+                                 ", ".join(unknown))  # fmt: skip
+        values |= options
+        for name, (expected, holds) in _OPTIONS.items():
+            if isinstance(values[name], bool) or not isinstance(values[name], int | float) or not holds(values[name]):
+                raise _wrong_options(f"{name} {expected}", f"{name}={values[name]!r}")
+        self._growth, self._backoff = float(values["growth_factor"]), float(values["backoff_factor"])
+        self._interval = int(values["growth_interval"])
+        self._scale = torch.tensor(float(values["init_scale"]), device=device_type)
+        self.current_scale = float(values["init_scale"])  # on the host: the overflow flag is read at every step anyway
+        self._good_steps = 0
+        self._stepped = self._overflowed = False
+        self._unscaled: dict[OptimizerHandle, list[Tensor]] = {}  # with what says whether they overflowed
+
+    def begin(self) -> None:
+        """Forget the optimizers of an earlier run; the scale goes on."""
+        self._unscaled.clear()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return `loss` times the scale, a half-precision 0-dim loss as fp32."""
+        return loss * self._scale
+
+    def restore(self, optimizers: Iterable[OptimizerHandle]) -> None:
+        """Give what is left from an earlier step its scale back, before scaled gradients are added to it."""
+        for optimizer in optimizers:
+            if optimizer in self._unscaled and optimizer.phase is Phase.STEPPED:
+                rescale_gradients(optimizer.parameters, self.current_scale)
+                self.forget(optimizer)
+
+    def unscale(self, optimizer: OptimizerHandle) -> None:
+        """Divide the gradients of `optimizer` by the scale, in place, and note whether one is not finite."""
+        inverse, found = 1.0 / self._scale.double(), []
+        for gradients in _by_kind(optimizer.parameters):
+            found.append(torch.zeros((), device=gradients[0].device))
+            on_device = inverse.to(gradients[0].device, torch.float32)
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found[-1], on_device)
+        self._unscaled[optimizer] = found
+
+    def may_step(self, optimizer: OptimizerHandle) -> bool:
+        """Return whether the unscaled gradients of `optimizer` are finite, which it is to step on.
+
+        Reading the flag waits for the device, as `torch.amp.GradScaler.step` does.
+        """
+        overflowed = any(flag.item() for flag in self._unscaled[optimizer])
+        self.record(overflowed)
+        return not overflowed
+
+    def record(self, overflowed: bool) -> None:
+        """Count a step, of which `may_step` or the backend itself found out whether gradients overflowed."""
+        self._stepped = True
+        self._overflowed |= overflowed
+
+    def note_unscaled(self, optimizer: OptimizerHandle) -> None:
+        """Note that the backend itself took the scale off the gradients of `optimizer`."""
+        self._unscaled[optimizer] = []
+
+    def forget(self, optimizer: OptimizerHandle) -> None:
+        """Note that gradients of `optimizer` carry the scale from now on: they were dropped, or are to be made."""
+        self._unscaled.pop(optimizer, None)
+
+    def update(self, optimizers: Iterable[OptimizerHandle]) -> None:
+        """Grow or back off the scale if any optimizer stepped since the last call, and rescale what carries it.
+
+        Args:
+            optimizers: all of the run.
+        """
+        if not self._stepped:
+            return
+        ratio = 1.0
+        self._good_steps = 0 if self._overflowed else self._good_steps + 1
+        if self._overflowed:
+            ratio = self._backoff
+        elif self._good_steps == self._interval:
+            ratio, self._good_steps = self._growth, 0
+        self._stepped = self._overflowed = False
+        if ratio != 1.0:
+            self._set_scale(self.current_scale * ratio)
+            for optimizer in optimizers:
+                if optimizer not in self._unscaled:
+                    rescale_gradients(optimizer.parameters, ratio)
+
+    def _set_scale(self, scale: float) -> None:
+        self.current_scale = scale
+        self._scale.fill_(scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scale and the number of good steps since it last changed."""
+        return {"scale": self.current_scale, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        scale = float(state_dict["scale"])
+        if not (math.isfinite(scale) and scale > 0):
+            raise ConfigurationError(explain("a loss scale that is finite and positive", scale))
+        self._good_steps = int(state_dict["good_steps"])
+        self._set_scale(scale)
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "init_scale": ("finite and above 0", lambda value: 0.0 < value < math.inf),
+    "growth_factor": ("above 1", lambda value: 1.0 < value < math.inf),
+    "backoff_factor": ("between 0 and 1", lambda value: 0.0 < value < 1.0),
+    "growth_interval": ("as an int of at least 1", lambda value: isinstance(value, int) and value >= 1),
+}
+
+
+def _wrong_options(expected: str, received: str) -> ConfigurationError:
+    fix = "Trainer(scaler_kwargs={'init_scale': 2.0**16, 'growth_interval': 2000})"
+    return ConfigurationError(explain(expected, received, fix))
+
+
+def _by_kind(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Return the gradients in lists of one device and dtype; of sparse ones their values, each index once."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # a sum of duplicates may overflow, and must be seen
+        values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+        kinds.setdefault((values.device, values.dtype), []).append(values)
+    return kinds.values()
+
+
+def rescale_gradients(parameters: Iterable[Tensor], ratio: float) -> None:
+    """Multiply the existing gradients of `parameters` by `ratio`, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients and ratio != 1.0:
+        torch._foreach_mul_(gradients, ratio)
