@@ -71,3 +71,40 @@ def explain(expected: str, received: object, fix: str | None = None) -> str:
     """Return the message of an error: what was expected, what came, and the corrected line."""
     text = f"Expected {expected}. Received: {received}."
     return text if fix is None else f"{text}\nFix:  {fix}"
+
+
+# What goes wrong in the life of a gradient, each with the line that is right.
+
+LOSS = (
+    "Expected a loss that is a tensor with one element and a graph. Received: {}.\n"
+    "Fix:  self.manual_backward(criterion(self(x), y).mean())"
+)
+NOTHING_ACCUMULATED = (
+    "Expected gradients made by manual_backward before clipping or stepping {optimizer}. "
+    "Received: none (its gradients are {phase}).\n"
+    "Fix:  opt.zero_grad(); self.manual_backward(loss); opt.step()"
+)
+STEPPED_BETWEEN = (
+    "every backward before a step changes the parameters that its forward used",
+    "self.manual_backward(loss_a); self.manual_backward(loss_b); opt_a.step(); opt_b.step()",
+)
+CLIP_AFTER_STEP = (
+    "Expected clip_gradients before step. Received: clip_gradients for {optimizer}, which has already stepped.\n"
+    "Fix:  self.manual_backward(loss); self.clip_gradients(opt, gradient_clip_val=1.0); opt.step()"
+)
+BACKWARD_AFTER_CLIP = (
+    "Expected every backward of {optimizer} before its gradients are clipped. Received: a manual_backward that "
+    "added to clipped gradients; the sum is no longer clipped, nor averaged over processes or unscaled.\n"
+    "Fix:  self.manual_backward(loss_a); self.manual_backward(loss_b); self.clip_gradients(opt, 1.0); opt.step()\n"
+    "      or keep the other loss away: with self.toggled_optimizer(other_opt): self.manual_backward(other_loss)"
+)
+UNSEEN = (
+    "Expected gradients made by self.manual_backward(loss). Received: gradients of {optimizer} that came from "
+    "elsewhere (loss.backward()?); they miss {lost}.\n"
+    "Fix:  self.manual_backward(loss)"
+)
+RAW_STEP = (
+    "Expected opt.step() of a LightningOptimizer. Received: a step of the raw {optimizer}, whose gradients would "
+    "miss {lost}.\n"
+    "Fix:  opt = self.optimizers(); opt.step()"
+)

@@ -21,7 +21,19 @@ from torch.optim import Optimizer
 
 from xtrain.checks import check_clip_value
 from xtrain.contract import Backend, Phase
-from xtrain.errors import ConfigurationError, NonFiniteLossError, ProtocolError, explain
+from xtrain.errors import (
+    BACKWARD_AFTER_CLIP,
+    CLIP_AFTER_STEP,
+    LOSS,
+    NOTHING_ACCUMULATED,
+    RAW_STEP,
+    STEPPED_BETWEEN,
+    UNSEEN,
+    ConfigurationError,
+    NonFiniteLossError,
+    ProtocolError,
+    explain,
+)
 from xtrain.toggle import ToggleStack
 
 Hooks = dict[str, list[Callable[..., Any]]]
@@ -75,13 +87,13 @@ class GradientLife:
             yield
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error) and self.stepped:
-                raise ProtocolError(explain(_STEPPED_BETWEEN[0], f"{error}", _STEPPED_BETWEEN[1])) from error
+                raise ProtocolError(explain(STEPPED_BETWEEN[0], f"{error}", STEPPED_BETWEEN[1])) from error
             raise
         finally:
             self.in_backward = False
         for optimizer, versions in finalized:
             if optimizer.gradient_versions() != versions:
-                raise ProtocolError(_BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
+                raise ProtocolError(BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
         for optimizer in self.toggles.active[-1:] or self.optimizers:
             if optimizer.phase is not Phase.FINALIZED:
                 optimizer.phase = Phase.ACCUMULATED
@@ -90,11 +102,11 @@ class GradientLife:
 
     def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:
         if not isinstance(loss, Tensor):
-            raise ConfigurationError(_LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
+            raise ConfigurationError(LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
         if loss.numel() != 1 and not has_gradient_argument:
-            raise ConfigurationError(_LOSS.format(f"shape {tuple(loss.shape)}"))
+            raise ConfigurationError(LOSS.format(f"shape {tuple(loss.shape)}"))
         if not loss.requires_grad:
-            raise ConfigurationError(_LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
+            raise ConfigurationError(LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
         if self._nonfinite_loss != "ignore" and loss.numel() == 1:
             if self._asynchronous:
                 self.last_loss = loss.detach()
@@ -193,7 +205,7 @@ class LightningOptimizer:
             raise ConfigurationError(explain("gradient_clip_algorithm 'norm' or 'value'", repr(algorithm), fix))
         value = check_clip_value(value)
         if self.phase is Phase.STEPPED:
-            raise ProtocolError(_CLIP_AFTER_STEP.format(optimizer=self))
+            raise ProtocolError(CLIP_AFTER_STEP.format(optimizer=self))
         if self.phase is not Phase.FINALIZED:
             self.finalize()
         return self._backend.clip_gradients(self, value, algorithm)
@@ -273,16 +285,16 @@ class LightningOptimizer:
             self._accept_unseen_gradients()
         self._backend.finalize_gradients(self)
         if not self._backend.has_gradients(self):
-            raise ProtocolError(_NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
+            raise ProtocolError(NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
         self.phase = Phase.FINALIZED
 
     def _accept_unseen_gradients(self) -> None:
         """Let gradients pass that no ``manual_backward`` made, if nothing is lost by that here."""
         only_zeros = self._zeros is not None and self._zeros == self.gradient_versions()
         if self.phase is Phase.STEPPED or only_zeros or not self._backend.has_gradients(self):
-            raise ProtocolError(_NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
+            raise ProtocolError(NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
         lost = self._backend.unseen_gradient()
-        text = _UNSEEN.format(optimizer=self, lost=lost or "loss scaling and averaging over processes elsewhere")
+        text = UNSEEN.format(optimizer=self, lost=lost or "loss scaling and averaging over processes elsewhere")
         if lost is not None:
             raise ProtocolError(text)
         self._life.warn_once(text)
@@ -292,11 +304,11 @@ class LightningOptimizer:
 
         def refuse_step(*_: Any) -> None:
             if not self._stepping:
-                raise ProtocolError(_RAW_STEP.format(optimizer=self, lost=lost))
+                raise ProtocolError(RAW_STEP.format(optimizer=self, lost=lost))
 
         def refuse_backward(_: Tensor) -> None:
             if not self._life.in_backward:
-                raise ProtocolError(_UNSEEN.format(optimizer=self, lost=lost))
+                raise ProtocolError(UNSEEN.format(optimizer=self, lost=lost))
 
         yield self.optimizer.register_step_pre_hook(refuse_step)
         # One parameter stands for all: a hook on each would cost a Python call per gradient.
@@ -321,38 +333,3 @@ class LightningOptimizer:
             yield
         finally:
             self._life.toggles.pop(self)
-
-
-_LOSS = (
-    "Expected a loss that is a tensor with one element and a graph. Received: {}.\n"
-    "Fix:  self.manual_backward(criterion(self(x), y).mean())"
-)
-_NOTHING_ACCUMULATED = (
-    "Expected gradients made by manual_backward before clipping or stepping {optimizer}. "
-    "Received: none (its gradients are {phase}).\n"
-    "Fix:  opt.zero_grad(); self.manual_backward(loss); opt.step()"
-)
-_STEPPED_BETWEEN = (
-    "every backward before a step changes the parameters that its forward used",
-    "self.manual_backward(loss_a); self.manual_backward(loss_b); opt_a.step(); opt_b.step()",
-)
-_CLIP_AFTER_STEP = (
-    "Expected clip_gradients before step. Received: clip_gradients for {optimizer}, which has already stepped.\n"
-    "Fix:  self.manual_backward(loss); self.clip_gradients(opt, gradient_clip_val=1.0); opt.step()"
-)
-_BACKWARD_AFTER_CLIP = (
-    "Expected every backward of {optimizer} before its gradients are clipped. Received: a manual_backward that "
-    "added to clipped gradients; the sum is no longer clipped, nor averaged over processes or unscaled.\n"
-    "Fix:  self.manual_backward(loss_a); self.manual_backward(loss_b); self.clip_gradients(opt, 1.0); opt.step()\n"
-    "      or keep the other loss away: with self.toggled_optimizer(other_opt): self.manual_backward(other_loss)"
-)
-_UNSEEN = (
-    "Expected gradients made by self.manual_backward(loss). Received: gradients of {optimizer} that came from "
-    "elsewhere (loss.backward()?); they miss {lost}.\n"
-    "Fix:  self.manual_backward(loss)"
-)
-_RAW_STEP = (
-    "Expected opt.step() of a LightningOptimizer. Received: a step of the raw {optimizer}, whose gradients would "
-    "miss {lost}.\n"
-    "Fix:  opt = self.optimizers(); opt.step()"
-)
