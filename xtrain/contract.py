@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from xtrain.collectives import Collectives as Collectives
 from xtrain.precision import Precision
 from xtrain.tensors import map_tensors as map_tensors
+from xtrain.tensors import moved
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,11 @@ class Backend(ABC):
 
     def batch_to_device(self, batch: Any) -> Any:
         """Return `batch` with its tensors on `device`, floats in the policy's parameter dtype."""
-        return map_tensors(self._move, batch)
+        return map_tensors(self._move, batch, self._move_object)
+
+    def _move_object(self, item: Any) -> Any:
+        item = moved(item, self.device)
+        return item if self.precision.parameter_dtype is None else map_tensors(self._move, item)
 
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = self.precision.parameter_dtype if tensor.is_floating_point() else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from xtrain.tensors import map_tensors
+from xtrain.tensors import map_tensors, moved
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class BatchHooks:
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return the batch on `device`; overriding it replaces the backend's own transfer."""
-        return map_tensors(lambda tensor: tensor.to(device), batch)
+        return map_tensors(lambda tensor: tensor.to(device), batch, lambda item: moved(item, device))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return the batch the step will see."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
+from xtrain.tensors import move_module
 
 from ..eager.process_group import join_processes, random_stream
 from ..eager.replicas import check_module, check_optimizers
@@ -99,7 +100,7 @@ class DeepSpeed(ScalingBackend):
         _start_deepspeed(kind, self.config["zero_optimization"])
 
     def setup_module(self, module: nn.Module) -> None:
-        module.to(self.device, self.precision.parameter_dtype)
+        move_module(module, self.device, self.precision.parameter_dtype)
         if self.collectives.world_size > 1:
             check_module(module, self.collectives, broadcast_start=True)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xtrain.contract import OptimizerHandle
 from xtrain.rules import reevaluates_closure
+from xtrain.tensors import move_module
 
 from .averaging import average_gradients
 from .process_group import join_processes, random_stream
@@ -48,7 +49,7 @@ class EagerBackend(ScalingBackend):
     def setup_module(self, module: nn.Module) -> None:
         if self._replicated:
             check_module(module, self.collectives, self.broadcast_start)
-        module.to(self.device, self.precision.parameter_dtype)
+        move_module(module, self.device, self.precision.parameter_dtype)
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         self._optimizers = optimizers

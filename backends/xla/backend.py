@@ -246,12 +246,12 @@ class XLA(Backend):
     def batch_to_device(self, batch: Any) -> Any:
         self._guard.batch(signature(batch))
         specs = None if self._mesh is None or batch is None else self._mesh.of_batch(batch)
-        tensors = list(tensors_in(batch))
+        tensors = list(tensors_in(batch, objects=False))
         here = [i for i, t in enumerate(tensors) if t.device.type == "cpu"]
         dtype = self.precision.parameter_dtype
         cast = [t.to(dtype) if dtype is not None and t.is_floating_point() else t for t in (tensors[i] for i in here)]
         moved = iter(self._runtime.to_device(cast, None if specs is None else [specs[i] for i in here]))
-        return map_tensors(lambda t: next(moved) if t.device.type == "cpu" else self._move(t), batch)
+        return map_tensors(lambda t: next(moved) if t.device.type == "cpu" else self._move(t), batch, self._move_object)
 
     def read_scalars(self, values: Sequence[Tensor]) -> list[float]:
         return [float(value) for value in self._runtime.to_cpu(values)]

@@ -74,7 +74,8 @@ class Mesh:
             ConfigurationError: if there is nothing to split, or the rows do not divide. A batch smaller
                 than the first one, as the last one may be, is split unevenly.
         """
-        tensors, rows = list(tensors_in(batch)), row_count(batch)
+        tensors = list(tensors_in(batch, objects=False))
+        rows = row_count(tensors)
         if rows is None:
             received = f"{type(batch).__name__} without any"
             fix = "a collate_fn that returns tensors"

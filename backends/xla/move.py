@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from xtrain.errors import ConfigurationError, explain
+from xtrain.tensors import move_module as to_device
 
 from .runtime import Runtime
 
@@ -38,7 +39,7 @@ def move_module(module: nn.Module, runtime: Runtime, dtype: torch.dtype | None =
     named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     tensors = {id(t): t for name, t in named if _movable(name, t, runtime.device)}
     _move(list(tensors.values()), runtime, dtype, layout)
-    module.to(runtime.device, dtype)  # for modules that keep tensors elsewhere and override _apply
+    to_device(module, runtime.device, dtype)  # for modules that keep tensors elsewhere and override _apply
 
 
 def move_optimizer(optimizer: Optimizer, runtime: Runtime, counts: bool = True, layout: Layout = None) -> None:
