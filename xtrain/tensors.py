@@ -116,7 +116,7 @@ def _rebuilt(data: Any, items: Iterable[tuple[Any, Any]], function: Callable[[An
             return _rebuilt_tuple(data, [value for _, value in items])
         if fixed:
             values: Any = dict(items) if isinstance(data, Mapping) else [value for _, value in items]
-            return type(data)(values)  # type: ignore[call-arg]
+            return type(data)(values)
         new = copy.copy(data)
         for key, value in items:
             if isinstance(data, MutableMapping | MutableSequence):
