@@ -57,7 +57,7 @@ class CUDA(EagerBackend):
         if torch.cuda.is_available():
             return None
         if torch.version.cuda is None:
-            return "this torch was built without CUDA; pip install 'xtrain[cuda]' from an index with CUDA builds"
+            return "this torch was built without CUDA; pip install 'xtrain-torch[cuda]' from an index with CUDA builds"
         return "no CUDA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use backend='cpu'"
 
     def launch(self) -> None:

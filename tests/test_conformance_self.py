@@ -322,4 +322,4 @@ def test_experiments_need_neither_pytest_nor_hypothesis():
         "except ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "pip install 'xtrain[testing]'" in done.stdout, done.stderr
+    assert "pip install 'xtrain-torch[testing]'" in done.stdout, done.stderr

@@ -172,10 +172,10 @@ def table_without_deepspeed():
 
 def test_missing_package_is_told_before_anything_else_happens():
     text, seen = fresh(fit_without_deepspeed)
-    assert "'deepspeed' cannot run here: deepspeed is not installed; pip install 'xtrain[deepspeed]'" in text
+    assert "'deepspeed' cannot run here: deepspeed is not installed; pip install 'xtrain-torch[deepspeed]'" in text
     assert seen == []
 
 
 def test_missing_package_is_told_in_the_table():
-    row = "| `deepspeed` | deepspeed is not installed; pip install 'xtrain[deepspeed]' |"
+    row = "| `deepspeed` | deepspeed is not installed; pip install 'xtrain-torch[deepspeed]' |"
     assert row in fresh(table_without_deepspeed).splitlines()

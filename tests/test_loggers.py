@@ -209,7 +209,7 @@ except ImportError as error:
 def test_tensorboard_missing_gives_the_pip_line(tmp_path):
     result = run(WITHOUT_TENSORBOARD, tmp_path)
     assert result.stdout.startswith(MissingDependencyError.__name__), result.stderr
-    assert "pip install 'xtrain[loggers]'" in result.stdout
+    assert "pip install 'xtrain-torch[loggers]'" in result.stdout
 
 
 IMPORTED = """

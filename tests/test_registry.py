@@ -18,6 +18,7 @@ from xtrain.errors import (
 )
 from xtrain.optimizer import GradientLife, LightningOptimizer
 from xtrain.registry import get_backend_class, make_backend, register_backend, registered_backends, validate_backend
+from xtrain.tables import render_availability, render_matrix, render_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,12 +56,12 @@ def complete(class_name: str = "Complete", **overrides: Any) -> type[Backend]:
 
 @pytest.fixture
 def third_party(tmp_path, monkeypatch):
-    """Install a distribution `acme` with entry points; returns a function that takes table and modules."""
+    """Install a distribution (`acme` 1.0) with entry points; returns a function that takes table and modules."""
 
-    def install(entries: str, **modules: str) -> None:
-        info = tmp_path / "acme-1.0.dist-info"
+    def install(entries: str, dist: str = "acme", **modules: str) -> None:
+        info = tmp_path / f"{dist}-1.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\nProvides-Extra: chip\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\nProvides-Extra: chip\n")
         (info / "entry_points.txt").write_text(f"[xtrain.backends]\n{entries}\n")
         for name, code in modules.items():
             (tmp_path / f"{name}.py").write_text(code)
@@ -114,7 +115,7 @@ def test_unknown_name_lists_the_registered_ones_and_the_closest():
 def test_third_party_entry_point_is_loaded_lazily_and_validated(third_party):
     third_party("chip = acme_chip:Chip", acme_chip="raise RuntimeError('imported too early')")
     assert registered_backends()["chip"] == "acme_chip:Chip"
-    with pytest.raises(RuntimeError, match="imported too early"):
+    with pytest.raises(BackendContractError, match="imported too early"):
         get_backend_class("chip")
 
 
@@ -122,15 +123,73 @@ def test_entry_point_that_is_no_backend(third_party):
     third_party("chip = acme_bad:Chip\ngone = acme_bad:Gone\nlost = acme_lost:Lost", acme_bad="class Chip: pass")
     with pytest.raises(BackendContractError, match=r"subclass of xtrain.contract.Backend. Received: <class 'acme_bad"):
         get_backend_class("chip")
-    with pytest.raises(BackendContractError, match=r"'gone' to be a class. Received: acme_bad:Gone"):
+    with pytest.raises(BackendContractError, match=r"gone = acme_bad:Gone of acme 1.0 .* AttributeError"):
         get_backend_class("gone")
-    with pytest.raises(BackendContractError, match=r"'lost' to be a class. Received: acme_lost:Lost"):
+    with pytest.raises(BackendContractError, match=r"lost = acme_lost:Lost of acme 1.0 .* ModuleNotFoundError"):
         get_backend_class("lost")
 
 
-def test_installed_package_cannot_take_over_a_built_in_name(third_party):
-    third_party("cpu = acme_cpu:CPU", acme_cpu="")
+BREAKS = {
+    "raises": ("raise RuntimeError('no driver')", "RuntimeError: no driver"),
+    "exits": ("import sys; sys.exit(7)", "SystemExit: 7"),
+    "is no Python": ("class", "SyntaxError"),
+    "is no class": ("Chip = 3", "subclass of xtrain.contract.Backend"),
+}
+
+
+@pytest.mark.parametrize(("code", "said"), BREAKS.values(), ids=BREAKS)
+def test_a_package_that_breaks_is_named_and_harms_its_own_row_only(third_party, code, said):
+    third_party("chip = acme_breaks:Chip", acme_breaks=code)
+    with pytest.raises(BackendContractError) as caught:
+        get_backend_class("chip")
+    for part in ("chip = acme_breaks:Chip of acme 1.0", said, "pip uninstall acme"):
+        assert part in str(caught.value)
+    assert f"`chip` | broken: {caught.value}".splitlines()[0] in render_availability()
+    assert "`cpu`" in render_matrix()
+    assert render_rules()
+
+
+def test_a_package_whose_backend_breaks_when_it_is_asked_harms_its_own_row_only(third_party):
+    code = "from test_registry import *\nclass Chip(Template):\n name = 'chip'\n"
+    code += " @classmethod\n def available(cls): raise OSError('driver')"
+    third_party("chip = acme_asks:Chip", acme_asks=code)
+    assert "`chip` | broken: OSError: driver" in render_availability()
+
+
+@pytest.mark.parametrize("value", ["acme_cpu:CPU", "xtrain_backends.evil:CPU"])
+@pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "wheel"])
+def test_installed_package_cannot_take_over_a_built_in_name(third_party, monkeypatch, tmp_path, value, checkout):
+    if not checkout:
+        monkeypatch.setattr(registry, "_TABLE", tmp_path / "none")
+        third_party("cpu = xtrain_backends.cpu:CPU", dist="xtrain_torch")
+    third_party(f"cpu = {value}", acme_cpu="")  # found before ours
     assert registered_backends()["cpu"] == "xtrain_backends.cpu:CPU"
+    assert get_backend_class("cpu").__module__ == "xtrain_backends.cpu"
+    assert "`cpu (acme 1.0)` | broken: Expected one package that offers backend 'cpu'" in render_availability()
+
+
+def test_two_packages_that_offer_one_name_are_both_named(third_party):
+    third_party("chip = acme_one:Chip", acme_one="raise AssertionError")
+    third_party("chip = acme_two:Chip", dist="other", acme_two="raise AssertionError")
+    with pytest.raises(BackendContractError, match=r"acme 1.0 and other 1.0|other 1.0 and acme 1.0") as caught:
+        get_backend_class("chip")
+    assert "pip uninstall" in str(caught.value)
+    assert "chip" not in registered_backends()
+    assert "`chip (acme 1.0)`" in render_availability()
+
+
+@pytest.mark.parametrize("name", ["auto", "Chip"])
+def test_names_that_could_never_be_asked_for_are_broken(third_party, name):
+    third_party(f"{name} = acme_chip:Chip", acme_chip="")
+    assert name not in registered_backends()
+    assert f"`{name} (acme 1.0)` | broken: Expected a lower-case name other than 'auto'" in render_availability()
+
+
+def test_another_project_of_the_same_import_name_is_told(third_party):
+    third_party("", dist="xtrain")
+    registry._warn_of_namesake.cache_clear()
+    with pytest.warns(UserWarning, match=r"xtrain 1.0, another project.*\nFix:  pip uninstall xtrain"):
+        make_backend("cpu")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +209,7 @@ def test_built_in_backend_with_a_missing_dependency_names_the_extra(tmp_path, mo
     (tmp_path / "entry_points.ini").write_text("[xtrain.backends]\ntpu = lacking:TPU\n")
     monkeypatch.setattr(registry, "_TABLE", tmp_path / "entry_points.ini")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'xtrain\[tpu\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'xtrain-torch\[tpu\]'"):
         get_backend_class("tpu")
 
 
@@ -244,7 +303,7 @@ WRONG = {
         "Expected batch_to_device(self, batch). Received: batch_to_device(self, data).",
     ),
     "not a method": ({"launch": 3}, "Expected launch(self). Received: launch = 3."),
-    "name": ({"name": "Complete"}, "Expected name to be a lower-case str. Received: 'Complete'."),
+    "name": ({"name": "Complete"}, "Expected name to be a lower-case str other than 'auto'. Received: 'Complete'."),
     "capabilities": ({"capabilities": {"32-true"}}, "Expected capabilities to be an xtrain.contract.Capabilities."),
     "unknown precision": (
         {"capabilities": Capabilities(precisions=frozenset({"32-true", "fp7"}))},

@@ -15,14 +15,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from configparser import ConfigParser
+from functools import cache
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xtrain.contract import Backend, Capabilities
+from xtrain.contract import Backend, Capabilities, Rule
 from xtrain.errors import (
     BackendContractError,
     ConfigurationError,
@@ -33,7 +35,8 @@ from xtrain.errors import (
 from xtrain.precision import PRECISIONS
 
 GROUP = "xtrain.backends"
-_DISTRIBUTION = "xtrain"
+RESERVED = frozenset({"auto"})  # a spelling of Trainer(backend=...), no backend
+_DISTRIBUTION = "xtrain-torch"  # "xtrain" on the public index is another project
 _BUILT_IN = "xtrain_backends"
 _CHECKOUT = Path(__file__).resolve().parent.parent / "backends"
 _TABLE = _CHECKOUT / "entry_points.ini"
@@ -50,11 +53,20 @@ _validated: set[type[Backend]] = set()
 def registered_backends() -> Mapping[str, str]:
     """Return every registered name with the place of its class, ``"module:Class"``, sorted by name.
 
-    Nothing is imported. Aliases have the same place.
+    Nothing is imported. Aliases have the same place. A name that two packages offer is not among them.
     """
-    places = {name: entry.value for name, entry in _entry_points().items()}
+    places = {name: entries[0].value for name, entries in _entry_points().items() if not _contested(entries)}
     places |= {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in _registered.items()}
     return dict(sorted(places.items()))
+
+
+def rejected_entry_points() -> dict[str, str]:
+    """Return what is wrong with entry points whose name another package has, by ``name (distribution)``."""
+    rejected = {}
+    for name, entries in _entry_points().items():
+        for entry in entries if _contested(entries) else entries[1:]:
+            rejected[f"{name} ({_package(entry)})"] = _taken(name, entries)
+    return rejected
 
 
 def get_backend_class(name: str) -> type[Backend]:
@@ -63,21 +75,27 @@ def get_backend_class(name: str) -> type[Backend]:
     Raises:
         UnknownBackendError: nothing is registered under `name`.
         MissingDependencyError: the backend's module needs a package that is not installed.
-        BackendContractError: the entry point leads to something that is not a valid backend.
+        BackendContractError: the entry point leads to something that is not a valid backend, or breaks when it
+            is imported, or two packages offer the name.
     """
     if name in _registered:
         return _registered[name]
-    entry = _entry_points().get(name)
-    if entry is None:
+    entries = _entry_points().get(name)
+    if entries is None:
         raise _unknown(name)
+    if _contested(entries):
+        raise BackendContractError(_taken(name, entries))
+    entry = entries[0]
     try:
-        loaded = entry.load()
-    except (ModuleNotFoundError, AttributeError) as error:
+        return validate_backend(entry.load())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a package does, sys.exit too, is about that package alone
         if isinstance(error, ModuleNotFoundError) and error.name != entry.module:
             raise MissingDependencyError(_hint(entry, error)) from error
-        found = f"{entry.value} ({error})"
-        raise BackendContractError(explain(f"the entry point of backend {name!r} to be a class", found)) from error
-    return validate_backend(loaded)
+        expected = f"the entry point {name} = {entry.value} of {_package(entry)} to be a backend's class"
+        fix = f"pip uninstall {_package(entry).split()[0]}, or a version of it that fits this xtrain"
+        raise BackendContractError(explain(expected, f"{type(error).__name__}: {error}", fix)) from error
 
 
 def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = None) -> Backend:
@@ -94,6 +112,7 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
         MissingDependencyError: the backend's module needs a package that is not installed.
         BackendContractError: the class does not fulfil the contract.
     """
+    _warn_of_namesake()
     options = dict(options or {})
     if isinstance(backend, Backend):
         if options:
@@ -191,8 +210,10 @@ def _quote(cls: type, name: str) -> str:
 
 def _wrong_facts(cls: type[Backend]) -> Iterator[str]:
     name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not name or name != name.lower():
-        yield f"Expected name to be a lower-case str. Received: {name!r}."
+    if not isinstance(name, str) or not name or name != name.lower() or name in RESERVED:
+        yield f"Expected name to be a lower-case str other than 'auto'. Received: {name!r}."
+    if not isinstance(cls.rules, tuple) or not all(isinstance(rule, Rule) for rule in cls.rules):
+        yield f"Expected rules to be a tuple of xtrain.contract.Rule. Received: {cls.rules!r}."
     capabilities = getattr(cls, "capabilities", None)
     if not isinstance(capabilities, Capabilities):
         yield f"Expected capabilities to be an xtrain.contract.Capabilities. Received: {capabilities!r}."
@@ -205,16 +226,42 @@ def _wrong_facts(cls: type[Backend]) -> Iterator[str]:
 # -------------------------------------------------------------------- sources of names
 
 
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    """Return the entry points by name; a built-in name cannot be taken over by an installed package."""
+def _entry_points() -> dict[str, list[metadata.EntryPoint]]:
+    """Return the entry points by name, a built-in one first: an installed package cannot take its name over."""
     installed = metadata.entry_points(group=GROUP)
     built_in = _checkout_entry_points() or [entry for entry in installed if _is_built_in(entry)]
     foreign = [entry for entry in installed if not _is_built_in(entry)]
-    return {entry.name: entry for entry in reversed([*built_in, *foreign])}
+    found: dict[str, list[metadata.EntryPoint]] = {}
+    for entry in [*built_in, *foreign]:
+        found.setdefault(entry.name, []).append(entry)
+    return found
 
 
 def _is_built_in(entry: metadata.EntryPoint) -> bool:
-    return entry.value.startswith(f"{_BUILT_IN}.")
+    """Whether `entry` is in a checkout's table, or this distribution brings it: any package can name our modules."""
+    return entry.dist is None or entry.dist.name.lower().replace("_", "-") == _DISTRIBUTION
+
+
+def _contested(entries: Sequence[metadata.EntryPoint]) -> bool:
+    """Whether no one of `entries`, which have the same name, may be used."""
+    foreign = not _is_built_in(entries[0])
+    return foreign and (len(entries) > 1 or entries[0].name in RESERVED or entries[0].name != entries[0].name.lower())
+
+
+def _package(entry: metadata.EntryPoint) -> str:
+    return f"{_DISTRIBUTION} (a checkout)" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+
+
+@cache
+def _warn_of_namesake() -> None:
+    """Say that another project of this import name is installed: whichever came last has overwritten the other."""
+    try:
+        version = metadata.version("xtrain")
+    except metadata.PackageNotFoundError:
+        return
+    expected, received = f"{_DISTRIBUTION} alone to be imported as xtrain", f"xtrain {version}, another project, too"
+    fix = f"pip uninstall xtrain && pip install --force-reinstall --no-deps {_DISTRIBUTION}"
+    warnings.warn(explain(expected, received, fix), stacklevel=4)
 
 
 def _checkout_entry_points() -> list[metadata.EntryPoint]:
@@ -237,6 +284,14 @@ def _adopt_checkout() -> None:
 
 
 # -------------------------------------------------------------------- messages
+
+
+def _taken(name: str, entries: Sequence[metadata.EntryPoint]) -> str:
+    packages = [_package(entry) for entry in entries]
+    fix = f"pip uninstall {packages[-1].split()[0]}"
+    if len(entries) == 1:
+        return explain("a lower-case name other than 'auto' for a backend", f"{name!r} of {packages[0]}", fix)
+    return explain(f"one package that offers backend {name!r}", " and ".join(packages), fix)
 
 
 def _unknown(name: str) -> UnknownBackendError:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from xtrain.contract import Backend
-from xtrain.errors import MissingDependencyError, XTrainError
+from xtrain.errors import BackendContractError, XTrainError
 from xtrain.precision import PRECISIONS
-from xtrain.registry import get_backend_class, registered_backends
+from xtrain.registry import get_backend_class, registered_backends, rejected_entry_points
 from xtrain.rules import all_rules
 
 YES = "yes"
@@ -36,6 +36,7 @@ def render_rules() -> str:
 def render_availability() -> str:
     """Return whether each backend can run on this machine, and if not, what to do about it."""
     rows = [[names, _availability(aliases[0])] for names, aliases in _grouped_names()]
+    rows += [[f"`{name}`", f"broken: {reason}"] for name, reason in rejected_entry_points().items()]
     return _markdown(["`backend=`", "on this machine"], rows)
 
 
@@ -53,16 +54,20 @@ def _importable_backends() -> list[tuple[str, type[Backend]]]:
     for shown, names in _grouped_names():
         try:
             found.append((shown, get_backend_class(names[0])))
-        except MissingDependencyError:
-            continue  # `render_availability` tells what to install
+        except XTrainError:
+            continue  # `render_availability` tells what to install, or what is broken
     return found
 
 
 def _availability(name: str) -> str:
     try:
         return get_backend_class(name).available() or YES
+    except BackendContractError as error:
+        return f"broken: {error}"
     except XTrainError as error:
         return str(error)
+    except (Exception, SystemExit) as error:  # what another package's `available` does is about its row alone
+        return f"broken: {type(error).__name__}: {error}"
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -77,7 +77,7 @@ class DeepSpeed(ScalingBackend):
     @classmethod
     def available(cls) -> str | None:
         if find_spec("deepspeed") is None:
-            return "deepspeed is not installed; pip install 'xtrain[deepspeed]'"
+            return "deepspeed is not installed; pip install 'xtrain-torch[deepspeed]'"
         wanted = os.environ.get("DS_ACCELERATOR")
         if wanted not in (None, "cpu", "cuda"):
             return f"DS_ACCELERATOR={wanted} is not supported here; export DS_ACCELERATOR=cuda, or cpu"

@@ -96,7 +96,7 @@ class XLA(Backend):
     @classmethod
     def available(cls) -> str | None:
         if util.find_spec("torch_xla") is None:
-            return "torch_xla is not installed; pip install 'xtrain[tpu]'"
+            return "torch_xla is not installed; pip install 'xtrain-torch[tpu]'"
         ours, theirs = torch.__version__.split("+")[0], metadata.version("torch_xla").split("+")[0]
         if ours.split(".")[:2] != theirs.split(".")[:2]:
             pair = f"pip install 'torch=={theirs}' 'torch_xla=={theirs}'"

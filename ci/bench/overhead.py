@@ -7,7 +7,7 @@ hand-written loop competes twice: how far its second ratio is from 1 tells how q
 The parameters after each turn must equal the hand-written loop's, or there is nothing to compare.
 
     python ci/bench/overhead.py                       # hand-written loop and xtrain
-    pip install 'xtrain[bench]'                       # adds Lightning, Fabric and accelerate
+    pip install 'xtrain-torch[bench]'                       # adds Lightning, Fabric and accelerate
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def message(code: str, **variables: str | None) -> str:
 def test_without_torch_xla_the_error_has_the_command():
     text = message(HIDDEN + TRAIN)
     assert "BackendUnavailableError: Backend 'tpu' cannot run here: torch_xla is not installed" in text
-    assert "pip install 'xtrain[tpu]'" in text
+    assert "pip install 'xtrain-torch[tpu]'" in text
 
 
 def test_versions_that_do_not_load_together_are_refused_with_the_pair_that_does(tmp_path):

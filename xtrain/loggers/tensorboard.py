@@ -49,7 +49,7 @@ class TensorBoardLogger(FileLogger):
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise MissingDependencyError(
-                    "TensorBoardLogger needs the tensorboard package: pip install 'xtrain[loggers]'"
+                    "TensorBoardLogger needs the tensorboard package: pip install 'xtrain-torch[loggers]'"
                 ) from error
             self._writer = SummaryWriter(self.log_dir, **self._kwargs)
         return self._writer

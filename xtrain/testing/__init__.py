@@ -8,7 +8,7 @@ A backend's test file is::
         backend = "mychip"
         precisions = ("32-true", "bf16-mixed")
 
-The suite needs pytest and hypothesis: ``pip install 'xtrain[testing]'``. The experiments and their
+The suite needs pytest and hypothesis: ``pip install 'xtrain-torch[testing]'``. The experiments and their
 plain-PyTorch loops (`xtrain.testing.experiments`) need neither.
 """
 
@@ -35,6 +35,6 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from xtrain.errors import MissingDependencyError, explain
 
-        text = explain("pytest and hypothesis to be installed", str(error), "pip install 'xtrain[testing]'")
+        text = explain("pytest and hypothesis to be installed", str(error), "pip install 'xtrain-torch[testing]'")
         raise MissingDependencyError(text) from error
     return BackendConformance
