@@ -194,6 +194,14 @@ class Backend(ABC):
         """Return the module's parameters that `optimizer` trains; override where shards stand in its groups."""
         return [p for group in optimizer.optimizer.param_groups for p in group["params"]]
 
+    def local_part(self, parameter: Tensor) -> Tensor:
+        """Return the memory in which this process keeps `parameter`: all of it, or its shard."""
+        return parameter
+
+    def elements_of(self, parameter: Tensor) -> int:
+        """Return how many numbers the whole `parameter` has."""
+        return parameter.numel()
+
     def has_gradients(self, optimizer: OptimizerHandle) -> bool:
         """Return whether any parameter of `optimizer` has a gradient."""
         return any(p.grad is not None for p in self.parameters_of(optimizer))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -148,16 +149,18 @@ def is_overridden(name: str, owner: object, base: type) -> bool:
 
 
 def collect_hooks(trainer: Any, module: Any, callbacks: Iterable[Any], callback_base: type) -> dict[str, list[Any]]:
-    """Return the overridden hooks by name: callbacks in their order, then the module."""
+    """Return the overridden hooks by name: callbacks in their order, the module, then the callbacks that watch it."""
     hooks: dict[str, list[Callable[..., Any]]] = {}
-    names = {n for base in (ModuleHooks, callback_base) for n in vars(base) if not n.startswith("_")}
+    names = {n for base in (ModuleHooks, callback_base) for n, v in vars(base).items() if isfunction(v) and n[0] != "_"}
     for name in names:
-        chain: list[Callable[..., Any]] = [
-            partial(getattr(callback, name), trainer, module)
-            for callback in callbacks
-            if is_overridden(name, callback, callback_base)
-        ]
+        having = [callback for callback in callbacks if is_overridden(name, callback, callback_base)]
+        first, last = (
+            [partial(getattr(callback, name), trainer, module) for callback in having if callback.after_module is late]
+            for late in (False, True)
+        )
         if hasattr(ModuleHooks, name) and is_overridden(name, module, ModuleHooks):
-            chain.append(getattr(module, name))
-        hooks[name] = chain
+            first.append(getattr(module, name))
+        if last and name.endswith("_epoch_end"):  # what the module has just logged is reduced over steps and ranks
+            first.append(trainer.metrics.reduce_epoch)
+        hooks[name] = [*first, *last]
     return hooks

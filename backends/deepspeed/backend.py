@@ -206,6 +206,14 @@ class DeepSpeed(ScalingBackend):
         engine = self._engines.get(optimizer)
         return super().parameters_of(optimizer) if engine is None else list(engine.every_parameter)
 
+    def local_part(self, parameter: Any) -> Tensor:
+        # ZeRO 3: what is held whole is written back into its shard before the next step on it.
+        shard = getattr(parameter, "ds_tensor", None)
+        return parameter if shard is None or parameter.numel() else shard  # type: ignore[no-any-return]
+
+    def elements_of(self, parameter: Any) -> int:
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
+
     def has_gradients(self, optimizer: OptimizerHandle) -> bool:
         return self._engines[optimizer].has_gradients
 

@@ -1,6 +1,23 @@
 """Callbacks: code that watches a training from outside of the module."""
 
 from xtrain.callbacks.base import Callback as Callback
+from xtrain.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from xtrain.callbacks.lambda_function import LambdaCallback as LambdaCallback
+from xtrain.callbacks.learning_rate import LearningRateMonitor as LearningRateMonitor
 from xtrain.callbacks.progress import ProgressBar as ProgressBar
+from xtrain.callbacks.summary import ModelSummary as ModelSummary
+from xtrain.callbacks.timer import Timer as Timer
+from xtrain.callbacks.weight_averaging import EMAWeightAveraging as EMAWeightAveraging
+from xtrain.callbacks.weight_averaging import WeightAveraging as WeightAveraging
 
-__all__ = ["Callback", "ProgressBar"]
+__all__ = [
+    "Callback",
+    "EMAWeightAveraging",
+    "EarlyStopping",
+    "LambdaCallback",
+    "LearningRateMonitor",
+    "ModelSummary",
+    "ProgressBar",
+    "Timer",
+    "WeightAveraging",
+]

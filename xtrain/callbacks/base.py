@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from inspect import isfunction
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from xtrain.errors import ProtocolError, explain
+
 if TYPE_CHECKING:
+    from xtrain.metrics.log import MetricLog
     from xtrain.module import LightningModule
     from xtrain.trainer import Trainer
 
@@ -20,11 +25,36 @@ class Callback:
     the Trainer and the module that is run. `batch` is on the device already, and `dataloader_idx`
     counts evaluation loaders from 0.
 
+    Attributes:
+        after_module: True in a class that reads what the module logs: it runs after the module's hooks, and
+            finds what they logged in ``trainer.callback_metrics``.
+
     Example:
         >>> class Announce(Callback):
         ...     def on_train_epoch_end(self, trainer, module):
         ...         print(f"epoch {trainer.current_epoch} is done")
     """
+
+    after_module: ClassVar[bool] = False
+    _metrics: MetricLog | None = None  # those of the run, set by the Trainer
+
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Record a metric, as `LightningModule.log` does in the hook of the same name."""
+        self.log_dict({name: value}, prog_bar=prog_bar, **options)
+
+    def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
+        """Record several metrics with the same options.
+
+        Raises:
+            ProtocolError: outside of a run.
+        """
+        if self._metrics is None:
+            fix = "Trainer(callbacks=[callback]).fit(model)"
+            raise ProtocolError(explain(f"{type(self).__name__}.log inside of a run", "a call outside of one", fix))
+        self._metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_metrics": None}  # a copy is free of the run it was made in
 
     # ---------------------------------------------------------------- a run
 
@@ -174,3 +204,8 @@ class Callback:
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Before the raw `optimizer` steps; its gradients are averaged and unscaled."""
+
+
+def hook_names() -> list[str]:
+    """Return the names of the hooks that a callback may have."""
+    return [n for n, v in vars(Callback).items() if isfunction(v) and not n.startswith(("_", "log"))]

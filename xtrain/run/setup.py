@@ -76,6 +76,8 @@ def _attach(trainer: Trainer, stage: str, module: LightningModule, datamodule: L
     trainer.stage, trainer.datamodule, trainer.module = stage, datamodule, module
     trainer.should_stop = False
     trainer.lr_scheduler_configs = []
+    for callback in trainer.callbacks:
+        callback._metrics = trainer.metrics
     trainer.hooks = collect_hooks(trainer, module, trainer.callbacks, Callback)
     trainer.life = GradientLife(trainer.backend, trainer.hooks, trainer.nonfinite_loss)
     trainer.metrics.loggers = trainer.loggers if trainer.is_global_zero else []
@@ -86,6 +88,8 @@ def _attach(trainer: Trainer, stage: str, module: LightningModule, datamodule: L
 
 def _detach(trainer: Trainer, module: LightningModule) -> None:
     module._life, trainer.stage = None, None
+    for callback in trainer.callbacks:
+        callback._metrics = None
 
 
 def _set_up(
