@@ -24,6 +24,7 @@ PUBLIC = {
     "BackendUnavailableError",
     "Callback",
     "Capabilities",
+    "CheckpointError",
     "ConfigurationError",
     "LaunchError",
     "LightningDataModule",

@@ -7,6 +7,7 @@ from xtrain.contract import Capabilities as Capabilities
 from xtrain.data.loaders import LightningDataModule as LightningDataModule
 from xtrain.errors import BackendContractError as BackendContractError
 from xtrain.errors import BackendUnavailableError as BackendUnavailableError
+from xtrain.errors import CheckpointError as CheckpointError
 from xtrain.errors import ConfigurationError as ConfigurationError
 from xtrain.errors import LaunchError as LaunchError
 from xtrain.errors import MissingDependencyError as MissingDependencyError
@@ -30,6 +31,7 @@ __all__ = [
     "BackendUnavailableError",
     "Callback",
     "Capabilities",
+    "CheckpointError",
     "ConfigurationError",
     "LaunchError",
     "LightningDataModule",

@@ -50,6 +50,10 @@ class RankFailedError(XTrainError, RuntimeError):
     """Another process of the run failed; the message has its first error."""
 
 
+class CheckpointError(XTrainError, RuntimeError):
+    """A checkpoint cannot be written, or is not what this run can go on from."""
+
+
 class UnsupportedCombinationError(XTrainError, RuntimeError):
     """Backend, precision, optimizers and flags do not go together.
 
