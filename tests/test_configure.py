@@ -10,7 +10,7 @@ import torch
 from small import Automatic, Small, loader, net, rows, says, trainer
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
-from xtrain import ConfigurationError
+from xtrain import ConfigurationError, LightningOptimizer, ProtocolError
 from xtrain.configure import LRSchedulerConfig, read_optimizers
 
 
@@ -47,12 +47,22 @@ PLATEAU = ReduceLROnPlateau(A)
         ([{"optimizer": A, "lr_scheduler": SCHEDULE_A}, {"optimizer": B}], [A, B], [SCHEDULE_A]),
         (({"optimizer": A}, {"optimizer": B, "lr_scheduler": {"scheduler": SCHEDULE_B}}), [A, B], [SCHEDULE_B]),
         ([A, {"optimizer": B, "lr_scheduler": SCHEDULE_B, "frequency": 3}], [A, B], [SCHEDULE_B]),
+        (LightningOptimizer(A), [A], []),
+        ([LightningOptimizer(A), LightningOptimizer(B)], [A, B], []),
+        (([LightningOptimizer(A)], [SCHEDULE_A]), [A], [SCHEDULE_A]),
+        ({"optimizer": LightningOptimizer(A), "lr_scheduler": SCHEDULE_A}, [A], [SCHEDULE_A]),
     ],
 )
 def test_accepted_form(returned, optimizers, schedulers):
     found, configs = read_optimizers(returned)
     assert [id(o) for o in found] == [id(o) for o in optimizers]
     assert [id(config.scheduler) for config in configs] == [id(s) for s in schedulers]
+
+
+def test_an_optimizer_wrapped_by_hand_takes_no_part_in_a_run():
+    with pytest.raises(ProtocolError) as caught:
+        LightningOptimizer(sgd()).step()
+    says(caught.value, "self.optimizers()")
 
 
 def test_scheduler_settings_default_to_lightnings():

@@ -332,3 +332,21 @@ def test_integers_keep_their_type():
 
     module, _ = trained([(rows(2), torch.tensor([0, 1]))], Labels(), precision="bf16-true")
     assert module.seen == [torch.bfloat16, torch.int64]
+
+
+@pytest.mark.parametrize("name", ["train_dataloader", "val_dataloader"])
+@pytest.mark.parametrize("owner", ["module", "datamodule"])
+def test_none_switches_a_loader_off(name, owner):
+    class Own(Evaluating):
+        def train_dataloader(self):
+            return loader(2)
+
+        val_dataloader = train_dataloader
+
+    module, data = Own(), Data()
+    for each in (module, data) if owner == "module" else (data,):
+        setattr(each, name, None)
+    run = trainer(num_sanity_val_steps=0)
+    given = {"train_dataloader": loader(3), "val_dataloader": None}
+    run.fit(Evaluating() if owner == "datamodule" else module, given[name], None, data)
+    assert ("val" in run.callback_metrics) == (name == "train_dataloader")

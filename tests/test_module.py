@@ -258,3 +258,23 @@ def test_guards_of_a_scaled_run_end_with_it():
 def test_failing_teardown_of_a_good_run_is_told():
     with pytest.raises(KeyError, match="teardown"):
         trained(module=failing_in("teardown")())
+
+
+def test_an_item_and_an_attribute_of_hparams_are_one_value():
+    module = saving_in_init()(width=3)
+    module.hparams.width = 7
+    assert module.hparams["width"] == 7
+    module.hparams["depth"] = 9
+    assert module.hparams.depth == 9
+    del module.hparams.rate
+    assert "rate" not in module.hparams
+    with pytest.raises(AttributeError, match="'rate'"):
+        del module.hparams.rate
+
+
+def test_saving_in_a_base_class_keeps_the_arguments_of_the_derived_one():
+    class Derived(saving_in_init()):
+        def __init__(self, size, width=4):
+            super().__init__(width=width * 2)
+
+    assert Derived(7).hparams == {"size": 7, "width": 4, "depth": 2, "rate": 0.1}

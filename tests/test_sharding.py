@@ -12,6 +12,7 @@ from torch.utils.data import (
 )
 
 from xtrain.collectives import Collectives
+from xtrain.data.combined import combined
 from xtrain.data.sharding import common_size, repeat_last, set_epoch, shard_loader
 from xtrain.errors import ConfigurationError
 
@@ -171,3 +172,17 @@ def test_last_batch_is_repeated():
     batches = repeat_last([1, 2])
     assert [next(batches) for _ in range(4)] == [1, 2, 2, 2]
     assert list(repeat_last([])) == []
+
+
+def test_each_of_several_loaders_is_split():
+    loaders = {"a": DataLoader(range(4), batch_size=1), "b": DataLoader(range(10, 18), batch_size=2, shuffle=True)}
+    read = []
+    for rank in range(2):
+        part = shard_loader(combined(loaders), Rank(rank))
+        set_epoch(part, 1)
+        assert len(part) == 2
+        read.append([(batch["a"].tolist(), batch["b"].tolist()) for batch in part])
+    assert sorted(a for part in read for first, _ in part for a in first) == [0, 1, 2, 3]
+    assert sorted(b for part in read for _, second in part for b in second) == list(range(10, 18))
+    set_epoch(part, 2)
+    assert [batch["b"].tolist() for batch in part] != [second for _, second in read[1]]  # the epoch reached the sampler

@@ -2,6 +2,7 @@
 
 from xtrain.callbacks import Callback as Callback
 from xtrain.callbacks import ProgressBar as ProgressBar
+from xtrain.compat.imports import install as _install_import_paths
 from xtrain.contract import Backend as Backend
 from xtrain.contract import Capabilities as Capabilities
 from xtrain.data.loaders import LightningDataModule as LightningDataModule
@@ -50,3 +51,5 @@ __all__ = [
     "register_backend",
     "seed_everything",
 ]
+
+_install_import_paths()

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from xtrain.compat.imports import complete
 from xtrain.errors import XTrainError
 from xtrain.tables import render_availability, render_matrix, render_rules
+
+complete(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from xtrain.errors import ConfigurationError, explain
+from xtrain.optimizer import LightningOptimizer
 
 ACCEPTED_FORMS = (
     "an optimizer; a list or tuple of optimizers; (list of optimizers, list of schedulers); "
@@ -51,7 +52,7 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerCon
             also for a scheduler of an optimizer that was not returned, and for a parameter that one
             optimizer holds twice.
     """
-    optimizers, schedulers = _split(returned)
+    optimizers, schedulers = _split(_unwrapped(returned))
     for index, optimizer in enumerate(optimizers):
         _check_unique_parameters(index, optimizer)
     for config in schedulers:
@@ -82,6 +83,17 @@ def check_monitors(schedulers: Sequence[LRSchedulerConfig]) -> None:
                     "{'optimizer': opt, 'lr_scheduler': {'scheduler': plateau, 'monitor': 'val_loss'}}",
                 )
             )
+
+
+def _unwrapped(returned: Any) -> Any:
+    """Return raw optimizers in the place of wrapped ones, which Lightning accepts too."""
+    if isinstance(returned, LightningOptimizer):
+        return returned.optimizer
+    if isinstance(returned, list | tuple):
+        return [_unwrapped(item) for item in returned]
+    if isinstance(returned, dict) and isinstance(returned.get("optimizer"), LightningOptimizer):
+        return {**returned, "optimizer": returned["optimizer"].optimizer}
+    return returned
 
 
 def _split(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:

@@ -20,6 +20,14 @@ class HyperParameters(dict[str, Any]):
         except KeyError as error:
             raise AttributeError(f"no hyperparameter {name!r}; saved are {sorted(self)}") from error
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise AttributeError(f"no hyperparameter {name!r}; saved are {sorted(self)}")
+        del self[name]
+
 
 def read_hyperparameters(
     chosen: tuple[Any, ...], ignore: Iterable[str] | str | None, owner: Any, frame: FrameType | None
@@ -48,11 +56,25 @@ def read_hyperparameters(
 
 
 def _arguments(owner: Any, frame: FrameType | None) -> dict[str, Any]:
-    """Return the arguments of the ``__init__`` that runs in `frame`."""
-    code = frame.f_code if frame is not None else None
-    if frame is None or code is None or not code.co_varnames or frame.f_locals.get(code.co_varnames[0]) is not owner:
+    """Return the arguments of the ``__init__`` that runs in `frame`, and of those of derived classes that called it."""
+    if not _is_init_of(owner, frame):
         fix = "def __init__(self, lr): super().__init__(); self.save_hyperparameters()"
         raise ConfigurationError(explain("save_hyperparameters() to be called in __init__", "another caller", fix))
+    arguments: dict[str, Any] = {}
+    while frame is not None and _is_init_of(owner, frame):
+        arguments.update(_arguments_in(frame))  # what the user passed: the outermost call is the last
+        frame = frame.f_back
+    return arguments
+
+
+def _is_init_of(owner: Any, frame: FrameType | None) -> bool:
+    """Return whether `frame` runs a method of `owner` (an ``__init__``, unless something odd called)."""
+    names = () if frame is None else frame.f_code.co_varnames
+    return bool(names) and frame is not None and frame.f_locals.get(names[0]) is owner
+
+
+def _arguments_in(frame: FrameType) -> dict[str, Any]:
+    code = frame.f_code
     count = code.co_argcount + code.co_kwonlyargcount
     arguments = {name: frame.f_locals[name] for name in code.co_varnames[1:count] if name in frame.f_locals}
     if code.co_flags & inspect.CO_VARKEYWORDS:

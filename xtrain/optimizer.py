@@ -151,8 +151,16 @@ class GradientLife:
         raise ConfigurationError(explain(expected, received, "opt = self.optimizers()"))
 
 
+_OF_A_RUN = "opt = self.optimizers() in training_step"
+
+
 class LightningOptimizer:
     """Wraps one of the user's optimizers; attributes it lacks are those of the raw optimizer.
+
+    Args:
+        optimizer: the raw optimizer.
+        life: what it shares with the others of its run. ``configure_optimizers`` may leave it out: it returns
+            the raw optimizer by that.
 
     Attributes:
         optimizer: the raw `torch.optim.Optimizer`.
@@ -162,7 +170,10 @@ class LightningOptimizer:
         skipped_steps: steps that were skipped because a gradient overflowed.
     """
 
-    def __init__(self, optimizer: Optimizer, life: GradientLife) -> None:
+    _life: GradientLife
+    _backend: Backend
+
+    def __init__(self, optimizer: Optimizer, life: GradientLife | None = None) -> None:
         self.optimizer = optimizer
         self.phase = Phase.EMPTY
         self.applied = False
@@ -170,12 +181,14 @@ class LightningOptimizer:
         self.skipped_steps = 0
         self._stepping = False
         self._zeros: list[Any] | None = None  # versions of the gradients that zero_grad filled with zeros
-        self._life = life
-        self._backend = life.backend
+        if life is not None:
+            self._life, self._backend = life, life.backend
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not there yet: unpickling, or __init__ failed
             raise AttributeError(name)
+        if name in ("_life", "_backend"):
+            raise ProtocolError(explain("an optimizer of a run", "one that was wrapped by hand", _OF_A_RUN))
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,3 +40,22 @@ def seed_everything(seed: int | None = None, workers: bool = False) -> int:
         sys.modules["numpy"].random.seed(chosen)
     torch.manual_seed(chosen)
     return chosen
+
+
+@contextmanager
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
+    """Give Python's, NumPy's and torch's generators back the states they had before the context.
+
+    Args:
+        include_cuda: those of the GPUs too, if one was used.
+    """
+    numpy = sys.modules.get("numpy")
+    devices = range(torch.cuda.device_count()) if include_cuda and torch.cuda.is_initialized() else ()
+    python, numpys = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(numpys)

@@ -14,7 +14,8 @@ from xtrain.callbacks.progress import ProgressBar
 from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
 from xtrain.compat import read_backend
 from xtrain.contract import Backend
-from xtrain.data.loaders import LightningDataModule, as_loaders, empty_loader, find_loader, make_transfer
+from xtrain.data.combined import as_loaders
+from xtrain.data.loaders import LightningDataModule, empty_loader, find_loader, make_transfer
 from xtrain.data.sharding import shard_loader
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import settle

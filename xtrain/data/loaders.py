@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, explain
 from xtrain.hooks import BatchHooks, is_overridden
@@ -88,31 +86,13 @@ def with_last(loader: Iterable[Any], count: int | None, sized: bool) -> Iterator
 END = object()
 
 
-def as_loaders(loaders: Any) -> list[Any]:
-    """Return evaluation loaders as a list.
-
-    Args:
-        loaders: None, one iterable of batches (a plain list of batches too), or a list of iterables.
-    """
-    if loaders is None or (isinstance(loaders, list | tuple) and not loaders):
-        return []
-    several = isinstance(loaders, list | tuple) and all(map(_is_loader, loaders))
-    return list(loaders) if several else [loaders]
-
-
-def _is_loader(item: Any) -> bool:
-    """Tell a loader from a batch: tensors, tuples, dicts and lists of tensors are batches."""
-    if isinstance(item, list):
-        return not any(isinstance(element, Tensor | int | float | str) for element in item)
-    return isinstance(item, Iterable) and not isinstance(item, Tensor | tuple | dict | str)
-
-
 def find_loader(name: str, given: Any, *owners: Any) -> Any:
     """Return the loader given, else what the first owner's method `name` returns, else None."""
     if given is not None:
         return given
     for owner in owners:
-        loader = getattr(owner, name, lambda: None)()
+        method = getattr(owner, name, None)  # None switches a method of the class off
+        loader = None if method is None else method()
         if loader is not None:
             return loader
     return None

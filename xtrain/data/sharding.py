@@ -19,6 +19,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from xtrain.collectives import Collectives
+from xtrain.data.combined import CombinedLoader, TogetherLoader
 from xtrain.data.loaders import END
 from xtrain.errors import ConfigurationError, explain
 
@@ -50,6 +51,8 @@ def shard_loader(loader: Any, ranks: Collectives) -> Any:
     Raises:
         ConfigurationError: if the loader is of a class that cannot be made anew.
     """
+    if ranks.world_size > 1 and isinstance(loader, TogetherLoader):
+        return TogetherLoader(loader.combined.mapped(lambda part: shard_loader(part, ranks)))
     if ranks.world_size == 1 or not isinstance(loader, DataLoader):
         return loader
     if isinstance(loader.dataset, IterableDataset):
@@ -127,6 +130,9 @@ def _rebuilt(loader: DataLoader[Any], **changed: Any) -> Any:
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell every part of `loader` that asks for it which epoch begins."""
+    combined = getattr(loader, "combined", None)
+    for part in combined.flattened if isinstance(combined, CombinedLoader) else ():
+        set_epoch(part, epoch)
     batches = getattr(loader, "batch_sampler", None)
     for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
         _set_epoch(part, epoch)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xtrain.collectives import Collectives
+from xtrain.data.combined import as_loaders, combined
 from xtrain.data.loaders import (
-    as_loaders,
     check_loader,
     empty_loader,
     find_loader,
@@ -83,7 +83,7 @@ def plan_fit(trainer: Trainer, train: Any, val: Any, steps: int | None) -> FitPl
     Raises:
         ConfigurationError: for an empty loader, a limit that does not fit it, or no end in sight.
     """
-    loader = find_loader("train_dataloader", train, trainer.datamodule, trainer.module)
+    loader = combined(find_loader("train_dataloader", train, trainer.datamodule, trainer.module))
     if loader is None and steps is None and trainer.max_steps < 0 and trainer.limit_train_batches is None:
         fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
         raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))

@@ -1,0 +1,113 @@
+"""Import paths of Lightning: what xtrain has is found under them, for the rest the ImportError says what to use.
+
+A script that says ``xtrain`` where it said ``lightning.pytorch`` imports ``xtrain.utilities.rank_zero``,
+``xtrain.callbacks.early_stopping`` and the like. Modules that xtrain does not have under that path are made when
+they are asked for; their names come from the tables below. `install` runs once, at ``import xtrain``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from xtrain.compat.hints import HINTS, PLACES
+from xtrain.errors import explain
+
+ROOT = __name__.partition(".")[0]
+
+# Names of Lightning by the module that has them here; after a colon the name they have there.
+HERE: dict[str, str] = {
+    **dict.fromkeys(("Callback", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"), ""),
+    **dict.fromkeys(("LightningOptimizer", "rank_zero_only"), ""),
+    **dict.fromkeys(("CSVLogger", "Logger", "TensorBoardLogger"), "loggers"),
+    **dict.fromkeys(("RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"), "stages"),
+    **dict.fromkeys(("LRSchedulerConfigType", "OptimizerConfig", "OptimizerLRSchedulerConfig"), "utilities.types"),
+    **dict.fromkeys(("LRSchedulerPLType", "LRSchedulerTypeTuple", "LRSchedulerTypeUnion"), "utilities.types"),
+    **dict.fromkeys(("EVAL_DATALOADERS", "OptimizerLRScheduler", "STEP_OUTPUT"), "utilities.types"),
+    **dict.fromkeys(("LRSchedulerType", "TRAIN_DATALOADERS"), "utilities.types"),
+    "AttributeDict": "hparams:HyperParameters",
+    "DataHooks": "hooks:BatchHooks",
+    "LRSchedulerConfig": "configure",
+    "MisconfigurationException": "errors:ConfigurationError",
+    "ModelHooks": "hooks:ModuleHooks",
+    "ProgressBar": "callbacks",
+}
+
+
+def install() -> None:
+    """Let Python's import system ask `find`, also for what the modules that are imported already lack."""
+    sys.meta_path.append(_Finder())  # last: asked only where nothing else is found
+    for place in ("", *PLACES):
+        name = f"{ROOT}.{place}".rstrip(".")
+        if name in sys.modules:
+            complete(name)
+
+
+def complete(name: str) -> None:
+    """Let the module `name`, which xtrain has, answer for what Lightning has in its module of that name."""
+    module = vars(sys.modules[name])
+    module.setdefault("__getattr__", partial(find, name.partition(".")[2]))
+    module.setdefault("__path__", [])  # Lightning has modules below it
+
+
+def find(place: str, name: str) -> Any:
+    """Return what Lightning's `name` in its module `place` is here.
+
+    Args:
+        place: the path of the module without ``lightning.pytorch.``.
+        name: what is imported from it.
+
+    Raises:
+        ImportError: for a name that only Lightning has; it says what xtrain has instead.
+        AttributeError: for a name that neither of them has.
+    """
+    if name.startswith("__"):
+        raise AttributeError(name)
+    below = f"{place}.{name}".lstrip(".")
+    if below in PLACES or below == "pytorch":
+        return import_module(f"{ROOT}.{below}")
+    for module in _from_inner_to_outer(place):
+        if name in vars(module):
+            return vars(module)[name]
+    if name in HERE:
+        source, _, attribute = HERE[name].partition(":")
+        return getattr(import_module(f"{ROOT}.{source}".rstrip(".")), attribute or name)
+    hint = HINTS.get(name) or PLACES.get(place)
+    if hint is None:
+        raise AttributeError(f"module {f'{ROOT}.{place}'.rstrip('.')!r} has no attribute {name!r}")
+    raise ImportError(explain(f"a name that {ROOT} has", f"{name}, which only Lightning has ({place or ROOT})", hint))
+
+
+def _from_inner_to_outer(place: str) -> list[ModuleType]:
+    """Return the modules on the way to `place` that exist here, the innermost first, without the outermost."""
+    parts = place.split(".")
+    names = [f"{ROOT}.{'.'.join(parts[:count])}" for count in range(len(parts), 0, -1)]
+    return [sys.modules[name] for name in names if isinstance(sys.modules.get(name), ModuleType)]
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the modules of Lightning that are not here, and makes them."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        """Return the spec of a module of Lightning, None for any other."""
+        root, _, place = fullname.partition(".")
+        inner = place.removeprefix("pytorch").removeprefix(".")
+        if root != ROOT or not (place in PLACES or (place != inner and (not inner or inner in PLACES))):
+            return None
+        return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python make an ordinary, empty module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the empty module a look-up instead of contents."""
+        place = module.__name__.partition(".")[2]
+        if place.split(".")[0] == "pytorch":  # `import lightning` became `import xtrain`
+            place = place.removeprefix("pytorch").removeprefix(".")
+        vars(module)["__getattr__"] = partial(find, place)
