@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small import says
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xtrain import LightningModule, Trainer
@@ -124,10 +127,90 @@ def test_csv_hyperparameters(tmp_path):
     }
 
 
-@pytest.mark.parametrize("rows", [0, -1])
+def test_hyperparameters_are_json_without_the_contents_of_objects(tmp_path):
+    logger = CSVLogger(tmp_path)
+    values = {"nan": math.nan, "data": torch.arange(9), "net": torch.nn.ReLU, "any": object(), "deep": {"x": (1,)}}
+    logger.log_hyperparams({**values, "long": Path("x" * 500), "dtype": torch.float16})
+    written = json.loads((Path(logger.log_dir) / "hparams.json").read_text(), parse_constant=pytest.fail)
+    assert written | {"long": ""} == {
+        "nan": "nan",
+        "data": "tensor of shape (9,), torch.int64",
+        "net": "torch.nn.modules.activation.ReLU",
+        "any": "builtins.object",
+        "deep": {"x": [1]},
+        "dtype": "torch.float16",
+        "long": "",
+    }
+    assert len(written["long"]) == 203
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_what_holds_hyperparameters_can_be_read_by_its_owner_only(tmp_path, kind):
+    logger = kind(tmp_path, version=0)
+    if kind is CSVLogger:
+        Path(logger.log_dir).mkdir(parents=True)
+        (Path(logger.log_dir) / "hparams.json").write_text("of an earlier run")
+    logger.log_hyperparams({"token": "secret"})
+    logger.finalize("success")
+    (written,) = Path(logger.log_dir).iterdir()
+    assert b"secret" in written.read_bytes()
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1.5, "x", True, None])
 def test_csv_refuses_to_keep_no_rows(rows):
-    with pytest.raises(ConfigurationError, match=f"flush_logs_every_n_steps={rows}"):
+    with pytest.raises(ConfigurationError, match=f"flush_logs_every_n_steps={rows!r}"):
         CSVLogger("logs", flush_logs_every_n_steps=rows)
+
+
+def test_csv_refuses_a_metric_with_the_name_of_its_first_column(tmp_path):
+    with pytest.raises(ConfigurationError, match="other names than 'step'"):
+        CSVLogger(tmp_path).log_metrics({"step": 5.0}, step=1)
+
+
+FULL = """
+import csv, os, sys, warnings
+from xtrain.loggers import CSVLogger
+warnings.simplefilter("always")
+logger = CSVLogger(sys.argv[1], flush_logs_every_n_steps=50)
+limit = {2: 2500, 5: 5500}  # bytes a file may have, as on a full disk, while that block of rows is written
+for i in range(500):
+    if i % 50 == 0:
+        allowed = limit.get(i // 50, 2**30)
+        import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, resource.RLIM_INFINITY))
+    logger.log_metrics({"a": i + .123456789012345, **({"b": 1.0} if i > 270 else {})}, i)
+logger.finalize("success")
+with open(logger.path) as file:
+    rows = list(csv.DictReader(file))
+print([int(row["step"]) for row in rows] == list(range(500)), {None} & set(rows[-1]), os.listdir(logger.log_dir))
+"""
+
+
+def test_csv_keeps_its_rows_while_the_disk_is_full_and_writes_each_once(tmp_path):
+    code = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + FULL
+    result = run(code, tmp_path)
+    assert result.stdout == "True set() ['metrics.csv']\n", result.stderr
+    assert result.stderr.count("Expected to write") == 2
+    assert "File too large" in result.stderr
+
+
+def test_csv_says_how_many_rows_are_lost_if_the_disk_stays_full(tmp_path):
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "from xtrain.loggers import CSVLogger; logger = CSVLogger(sys.argv[1])\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))\n"
+    code += "[logger.log_metrics({'a': 1.0}, i) for i in range(7)]; logger.finalize('success')"
+    result = run(code, tmp_path)
+    assert result.returncode == 0
+    assert "7 rows that could not be written and are lost" in result.stderr
+
+
+def test_two_runs_that_share_a_version_never_write_under_each_others_columns(tmp_path):
+    first, second = (CSVLogger(tmp_path, version=0, flush_logs_every_n_steps=1) for _ in range(2))
+    for step in range(3):
+        first.log_metrics({"a": 1.0, **({"c": 3.0} if step else {})}, step)
+        second.log_metrics({"b": 2.0}, step)
+    found = [{k: v for k, v in row.items() if v and k != "step"} for row in table(first)]
+    assert found == [{"a": "1.0"}, {"b": "2.0"}, *[{"a": "1.0", "c": "3.0"}, {"b": "2.0"}] * 2]
 
 
 # ---------------------------------------------------------------- versions and ranks
@@ -147,6 +230,39 @@ def test_versions_count_up_and_two_runs_never_share_a_folder(tmp_path):
 def test_a_folder_made_since_one_looked_belongs_to_the_other_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
     assert [CSVLogger(tmp_path).version for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"save_dir": value} for value in (5, None, "")),
+        *({"name": value} for value in (5, "../up", "/etc", "a/../../b")),
+        *({"version": value} for value in (-1, 1.5, True, "", "..", "/tmp/x")),
+    ],
+    ids=str,
+)
+def test_arguments_that_mean_nothing_or_leave_the_folder_are_refused(tmp_path, kind, wrong):
+    with pytest.raises(ConfigurationError) as caught:
+        kind(**{"save_dir": tmp_path, **wrong})
+    says(caught.value, repr(*wrong.values()), f"{kind.__name__}('logs', name='gan', version=0)")
+
+
+def test_a_name_may_be_missing_or_have_folders(tmp_path):
+    assert CSVLogger(tmp_path, None).log_dir == str(tmp_path / "version_0")
+    assert CSVLogger(tmp_path, "gan/small", "first").log_dir == str(tmp_path / "gan" / "small" / "first")
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_place_that_cannot_be_written_to_is_refused_when_it_is_claimed(tmp_path, kind):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError) as caught:
+        kind(tmp_path / "file").prepare()
+    says(caught.value, f"a folder that {kind.__name__} can write to")
+    for version in (None, "mine"):
+        logger = kind(tmp_path, "gan", version)
+        logger.prepare()
+        assert Path(logger.log_dir).is_dir()
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])

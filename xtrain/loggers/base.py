@@ -7,8 +7,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import wraps
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from xtrain.errors import ConfigurationError, explain
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -27,7 +31,8 @@ def rank_zero_only(method: Method) -> Method:
 class Logger(ABC):
     """Receives metrics as plain floats at log points. Derive from it to send them elsewhere.
 
-    The Trainer calls `log_metrics` at log points, `save` at the end of an epoch and `finalize` once.
+    The Trainer calls `prepare` before anything is computed, `log_metrics` at log points, `save` at the end of
+    an epoch and `finalize` once.
     Decorate what writes with `rank_zero_only`.
 
     Attributes:
@@ -51,6 +56,9 @@ class Logger(ABC):
         """The folder of this run, None if there is none."""
         return None
 
+    def prepare(self) -> None:  # noqa: B027  # nothing to do for a logger that needs no place
+        """Claim the place that is written to, so that one which cannot be written to ends the run before it trains."""
+
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take `metrics`, floats by name, as they were after training step `step`."""
@@ -71,14 +79,26 @@ class FileLogger(Logger):
 
     Args:
         save_dir: the folder of all experiments.
-        name: the experiment.
+        name: the experiment; None or "" puts the versions into `save_dir` itself.
         version: an int N or the name of a folder; None takes the first N that is free.
+
+    Raises:
+        ConfigurationError: for arguments of other types, or a name or version that leaves `save_dir`.
     """
 
     def __init__(
-        self, save_dir: str | os.PathLike[str], name: str = "lightning_logs", version: int | str | None = None
+        self, save_dir: str | os.PathLike[str], name: str | None = "lightning_logs", version: int | str | None = None
     ) -> None:
-        self._save_dir, self._name, self._version = Path(save_dir), name, version
+        if not isinstance(save_dir, str | os.PathLike) or not os.fspath(save_dir):
+            raise self._wrong("a folder as save_dir", f"{save_dir!r} ({type(save_dir).__name__})")
+        if not (name is None or _inside(name)):
+            raise self._wrong("the name of an experiment, a folder in save_dir", f"name={name!r}")
+        if not (version is None or _is_number(version) or (version and _inside(version))):
+            raise self._wrong("a version that is an int of at least 0 or a folder's name", f"version={version!r}")
+        self._save_dir, self._name, self._version = Path(save_dir), name or "", version
+
+    def _wrong(self, expected: str, received: str) -> ConfigurationError:
+        return ConfigurationError(explain(expected, received, f"{type(self).__name__}('logs', name='gan', version=0)"))
 
     @property
     def name(self) -> str:
@@ -102,6 +122,31 @@ class FileLogger(Logger):
         version = self.version
         return str(self._save_dir / self._name / (f"version_{version}" if isinstance(version, int) else version))
 
+    @rank_zero_only
+    def prepare(self) -> None:
+        """Make the folder of this run.
+
+        Raises:
+            ConfigurationError: if it cannot be made or written to.
+        """
+        try:
+            folder = Path(self.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{folder} cannot be written to")
+        except OSError as error:
+            received = f"{type(error).__name__}: {error}"
+            raise self._wrong(f"a folder that {type(self).__name__} can write to", received) from error
+
+
+def _is_number(version: Any) -> bool:
+    return isinstance(version, int) and not isinstance(version, bool) and version >= 0
+
+
+def _inside(part: Any) -> bool:
+    """Whether `part` is text that, as a path, stays in the folder it is put into."""
+    return isinstance(part, str) and not PurePath(part).is_absolute() and ".." not in PurePath(part).parts
+
 
 def _claim(folder: Path) -> bool:
     """Make `folder`; return False if another run made it before."""
@@ -110,3 +155,23 @@ def _claim(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write `text` to `path`, readable by its owner only: hyperparameters may hold tokens and passwords."""
+    path.touch(0o600)
+    path.chmod(0o600)  # it may have been there
+    path.write_text(text, encoding="utf-8")
+
+
+def as_text(value: Any) -> str:
+    """Return a short name for an object; the contents of tensors and data sets are no hyperparameters."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}, {value.dtype}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind = type(value)
+    if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:  # nothing but its address
+        return f"{kind.__module__}.{kind.__qualname__}"
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from xtrain.errors import ConfigurationError, explain
-from xtrain.loggers.base import FileLogger, rank_zero_only
+from xtrain.loggers.base import FileLogger, as_text, rank_zero_only, write_private
 
 
 class CSVLogger(FileLogger):
@@ -20,7 +22,9 @@ class CSVLogger(FileLogger):
     The file has one row per call and one column per metric, ``step`` first; columns may appear later.
     It is complete on disk after every `flush_logs_every_n_steps` rows, at the end of an epoch and at
     the end of the run: rows are appended, and a new column replaces the file in one move, so that a
-    crash loses rows at most. In the folder of an earlier run it goes on where that one ended.
+    crash loses rows at most. In the folder of an earlier run it goes on where that one ended. A disk that
+    is full does not end the training: the rows are kept, and written when there is room again.
+    ``hparams.json`` can be read by its owner only.
 
     Args:
         save_dir: the folder of all experiments.
@@ -29,7 +33,7 @@ class CSVLogger(FileLogger):
         flush_logs_every_n_steps: rows kept in memory before they are written.
 
     Raises:
-        ConfigurationError: if `flush_logs_every_n_steps` is below 1.
+        ConfigurationError: for arguments that mean nothing, or a name or version that leaves `save_dir`.
 
     Example:
         >>> logger = CSVLogger("logs")
@@ -40,17 +44,18 @@ class CSVLogger(FileLogger):
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
-        name: str = "lightning_logs",
+        name: str | None = "lightning_logs",
         version: int | str | None = None,
         flush_logs_every_n_steps: int = 100,
     ) -> None:
         super().__init__(save_dir, name, version)
-        if flush_logs_every_n_steps < 1:
-            received = f"flush_logs_every_n_steps={flush_logs_every_n_steps}"
+        rows = flush_logs_every_n_steps
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            received = f"flush_logs_every_n_steps={rows!r}"
             raise ConfigurationError(explain("a number of rows of at least 1", received, "CSVLogger('logs')"))
-        self._keep = flush_logs_every_n_steps
+        self._keep = rows
         self._rows: list[dict[str, Any]] = []
-        self._columns: list[str] | None = None  # those of the file; None: not looked at yet
+        self._opened = self._warned = False
 
     @property
     def path(self) -> Path:
@@ -59,59 +64,112 @@ class CSVLogger(FileLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row."""
+        """Add a row.
+
+        Raises:
+            ConfigurationError: if one of `metrics` is called ``step``, as the first column is.
+        """
+        if "step" in metrics:
+            fix = "logger.log_metrics({'loss': 0.5}, step=1)"
+            raise ConfigurationError(explain("metrics with other names than 'step'", dict(metrics), fix))
         self._rows.append({"step": step, **metrics})
-        if len(self._rows) >= self._keep:
+        if len(self._rows) % self._keep == 0:  # also after a time in which nothing could be written
             self.save()
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Write ``hparams.json``; what JSON cannot hold is written as text."""
+        """Write ``hparams.json``, for its owner only; what JSON cannot hold is written as text."""
         target = Path(self.log_dir) / "hparams.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(dict(params), indent=2, default=str) + "\n", encoding="utf-8")
+        write_private(target, json.dumps(_plain(dict(params)), indent=2) + "\n")
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring the file up to date."""
+        """Bring the file up to date; rows that cannot be written are kept for the next time, with one warning."""
         if not self._rows:
             return
-        if self._columns is None:
-            self._columns = self._open()
-        names = dict.fromkeys(name for row in self._rows for name in row)
-        new = [name for name in names if name not in self._columns]
-        if new:
-            self._widen(new)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_format(self._columns, self._rows))
-        self._rows = []
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                received = f"{type(error).__name__}: {error}"
+                fix = "free space on that disk; the rows are kept and written later"
+                warnings.warn(explain(f"to write {self.path}", received, fix), stacklevel=3)
+            self._warned = True
+        else:
+            self._rows, self._warned = [], False
 
-    def _open(self) -> list[str]:
-        """Return the columns of an existing file, after cutting off a last line that a crash left torn."""
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the run; say how many rows are lost if they still cannot be written."""
+        self.save()
+        if self._rows:
+            lost = f"{len(self._rows)} rows that could not be written and are lost"
+            warnings.warn(explain(f"all rows in {self.path}", lost), stacklevel=3)
+
+    def _write(self) -> None:
+        columns = self._header()
+        new = [name for name in dict.fromkeys(name for row in self._rows for name in row) if name not in columns]
+        if new:
+            self._widen(columns, new)
+        _append(self.path, _format([*columns, *new], self._rows))
+
+    def _header(self) -> list[str]:
+        """Return the columns of the file as they are now: another run may write to it, too."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return []
-        text = self.path.read_bytes()
-        if not text.endswith(b"\n"):
-            with self.path.open("r+b") as file:
-                file.truncate(text.rfind(b"\n") + 1)
+        if not self._opened:
+            text = self.path.read_bytes()
+            if not text.endswith(b"\n"):  # a crash left the last line torn
+                with self.path.open("r+b") as file:
+                    file.truncate(text.rfind(b"\n") + 1)
+        self._opened = True
         with self.path.open(newline="", encoding="utf-8") as file:
             return next(csv.reader(file), [])
 
-    def _widen(self, new: list[str]) -> None:
+    def _widen(self, columns: list[str], new: list[str]) -> None:
         """Rewrite the file with more columns."""
-        assert self._columns is not None
         rows: list[dict[str, Any]] = []
-        if self._columns:
+        if columns:
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-        self._columns += new
+        wider = [*columns, *new]
         draft = self.path.with_suffix(".new")
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            file.write(_format(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows]))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        try:
+            with draft.open("w", newline="", encoding="utf-8") as file:
+                file.write(_format(wider, [dict(zip(wider, wider, strict=True)), *rows]))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self.path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def _append(path: Path, text: str) -> None:
+    """Append all of `text`, or nothing: a block that is written in part would be written again."""
+    with path.open("ab", buffering=0) as file:
+        end, rest = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return as_text(value)
 
 
 def _format(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:

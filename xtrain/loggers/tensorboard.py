@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.errors import MissingDependencyError
-from xtrain.loggers.base import FileLogger, rank_zero_only
+from xtrain.loggers.base import FileLogger, as_text, rank_zero_only
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,7 +30,7 @@ class TensorBoardLogger(FileLogger):
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
-        name: str = "lightning_logs",
+        name: str | None = "lightning_logs",
         version: int | str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -62,11 +63,16 @@ class TensorBoardLogger(FileLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Add the hyperparameters to the HPARAMS page; what it cannot hold is written as text."""
+        """Add the hyperparameters to the HPARAMS page; what it cannot hold is written as text.
+
+        The event file can be read by its owner only from then on: hyperparameters may hold tokens.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         writer = self.experiment
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
+        for path in Path(self.log_dir).glob("events.out.*"):
+            path.chmod(0o600)
+        plain = {k: v if isinstance(v, bool | int | float | str) else as_text(v) for k, v in params.items()}
         for summary in hparams(plain, {}):
             writer._get_file_writer().add_summary(summary)
 
