@@ -170,8 +170,7 @@ def as_text(value: Any) -> str:
         return f"tensor of shape {tuple(value.shape)}, {value.dtype}"
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    kind = type(value)
-    if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:  # nothing but its address
-        return f"{kind.__module__}.{kind.__qualname__}"
     text = str(value)
+    if " object at 0x" in text:  # nothing but its address
+        return f"{type(value).__module__}.{type(value).__qualname__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
