@@ -5,7 +5,7 @@ from xtrain.callbacks import ProgressBar as ProgressBar
 from xtrain.compat.imports import install as _install_import_paths
 from xtrain.contract import Backend as Backend
 from xtrain.contract import Capabilities as Capabilities
-from xtrain.data.loaders import LightningDataModule as LightningDataModule
+from xtrain.data.datamodule import LightningDataModule as LightningDataModule
 from xtrain.errors import BackendContractError as BackendContractError
 from xtrain.errors import BackendUnavailableError as BackendUnavailableError
 from xtrain.errors import CheckpointError as CheckpointError

@@ -148,19 +148,30 @@ def is_overridden(name: str, owner: object, base: type) -> bool:
     return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
 
 
-def collect_hooks(trainer: Any, module: Any, callbacks: Iterable[Any], callback_base: type) -> dict[str, list[Any]]:
-    """Return the overridden hooks by name: callbacks in their order, the module, then the callbacks that watch it."""
+def collect_hooks(
+    trainer: Any, module: Any, callbacks: Iterable[Any], callback_base: type, reduce_epoch: Callable[[], None]
+) -> dict[str, list[Any]]:
+    """Return the overridden hooks by name: callbacks in their order, the module, then the callbacks that watch it.
+
+    Args:
+        trainer: what callbacks are given.
+        module: the user's module.
+        callbacks: those of the run.
+        callback_base: the class whose methods do nothing.
+        reduce_epoch: called between the module and the callbacks that watch it, when an epoch ends.
+    """
     hooks: dict[str, list[Callable[..., Any]]] = {}
     names = {n for base in (ModuleHooks, callback_base) for n, v in vars(base).items() if isfunction(v) and n[0] != "_"}
     for name in names:
         having = [callback for callback in callbacks if is_overridden(name, callback, callback_base)]
-        first, last = (
+        chains: list[list[Callable[..., Any]]] = [
             [partial(getattr(callback, name), trainer, module) for callback in having if callback.after_module is late]
             for late in (False, True)
-        )
+        ]
+        first, last = chains
         if hasattr(ModuleHooks, name) and is_overridden(name, module, ModuleHooks):
             first.append(getattr(module, name))
         if last and name.endswith("_epoch_end"):  # what the module has just logged is reduced over steps and ranks
-            first.append(trainer.metrics.reduce_epoch)
+            first.append(reduce_epoch)
         hooks[name] = [*first, *last]
     return hooks

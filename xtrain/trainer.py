@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
 from xtrain.compat import read_backend
 from xtrain.contract import Backend
-from xtrain.data.combined import as_loaders
-from xtrain.data.loaders import LightningDataModule, empty_loader, find_loader, make_transfer
-from xtrain.data.sharding import shard_loader
+from xtrain.data.batches import empty_loader
+from xtrain.data.datamodule import LightningDataModule
+from xtrain.data.loaders import read_loaders
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import settle
 from xtrain.loggers import as_loggers
-from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
-from xtrain.optimizer import GradientLife
 from xtrain.registry import make_backend
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.evaluation import accept_arguments, evaluate
-from xtrain.run.plan import FitPlan, plan_fit
+from xtrain.run.plan import plan_fit
 from xtrain.run.setup import running
-from xtrain.run.state import TrainerState
+from xtrain.run.state import Progress, Run, TrainerState
 
 
 class Trainer(TrainerState):
@@ -124,14 +121,12 @@ class Trainer(TrainerState):
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
+        self.log_every_n_steps = check_count("log_every_n_steps", log_every_n_steps, 0)
         self.inference_mode = inference_mode
         self.default_root_dir = os.fspath(default_root_dir or Path.cwd())
         self.loggers = [] if quick else as_loggers(logger, self.default_root_dir)
         self.callbacks = _with_progress_bar(callbacks, enable_progress_bar)
-        waits = self.backend.capabilities.asynchronous
-        self.metrics = MetricLog(self.backend.read_scalars, self._all_reduce, log_every_n_steps, waits)
-        self.transfer: Callable[[Any, int], Any] = make_transfer(self.backend)
-        self.life, self.plan = GradientLife(self.backend, {}), FitPlan()
+        self.progress = Progress()
 
     # ---------------------------------------------------------------- what users call
 
@@ -161,134 +156,114 @@ class Trainer(TrainerState):
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         check_count("steps", steps, 1)
-
-        def plan() -> None:
-            self.plan = plan_fit(self, train_dataloaders, val_dataloaders, steps)
-
-        with running(self, "fit", model, datamodule, plan):
-            self._train()
+        plan = partial(plan_fit, train=train_dataloaders, val=val_dataloaders, steps=steps)
+        with running(self, "fit", model, datamodule, plan) as run:
+            self._train(run)
 
     def validate(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
         """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader."""
-        return self._evaluate("validate", "val_dataloader", model, dataloaders, datamodule)
+        return self._evaluate("validate", model, dataloaders, datamodule)
 
     def test(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
         """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader."""
-        return self._evaluate("test", "test_dataloader", model, dataloaders, datamodule)
+        return self._evaluate("test", model, dataloaders, datamodule)
 
     def predict(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[Any]:
         """Return what ``predict_step`` returned per batch (a list of lists for several loaders)."""
-        return self._evaluate("predict", "predict_dataloader", model, dataloaders, datamodule)
+        return self._evaluate("predict", model, dataloaders, datamodule)
 
-    def _evaluate(
-        self, stage: str, source: str, model: LightningModule | None, loaders: Any, datamodule: Any
-    ) -> list[Any]:
+    def _evaluate(self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
-        with running(self, stage, self.lightning_module if model is None else model, datamodule):
-            found = as_loaders(find_loader(source, loaders, datamodule, self.module))
+        with running(self, stage, self.lightning_module if model is None else model, datamodule) as run:
+            found = read_loaders(stage, loaders, (run.datamodule, run.module), self.backend.collectives)
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
-            found = [shard_loader(loader, self.backend.collectives) for loader in found]
-            return evaluate(self, stage, found, getattr(self, _LIMITS[stage]))
+            return evaluate(run, stage, found)
 
     # ---------------------------------------------------------------- the loop
 
-    def _train(self) -> None:
-        module, plan = self.lightning_module, self.plan
-        training_step = accept_arguments(module.training_step, 2)
-        automatic = AutomaticStep(self, module, training_step) if module.automatic_optimization else None
-        self.call("on_fit_start")
+    def _train(self, run: Run) -> None:
+        progress, plan, metrics = self.progress, run.plan, run.metrics
+        training_step = accept_arguments(run.module.training_step, 2)
+        automatic = AutomaticStep(run, training_step) if run.module.automatic_optimization else None
+        run.call("on_fit_start")
         if plan.val_loaders and plan.sanity_batches != 0:
-            self.call("on_sanity_check_start")
-            evaluate(self, "validate", plan.val_loaders, plan.sanity_batches, sanity=True)
-            self.call("on_sanity_check_end")
-        with self.metrics.stage("train"):
-            self.call("on_train_start")
-            while not self._finished() and not (plan.max_epochs is not None and self.current_epoch >= plan.max_epochs):
-                self._train_epoch(automatic or training_step)
-                self.metrics.reduce_epoch()
-                self.call("on_train_epoch_end")
-                self.metrics.send_epoch(self.global_step, self.current_epoch)
+            run.call("on_sanity_check_start")
+            evaluate(run, "sanity", plan.val_loaders)
+            run.call("on_sanity_check_end")
+        with metrics.stage("train"):
+            run.call("on_train_start")
+            while not self._finished(run) and not (plan.max_epochs is not None and progress.epoch >= plan.max_epochs):
+                self._train_epoch(run, automatic or training_step)
+                metrics.reduce_epoch()
+                run.call("on_train_epoch_end")
+                metrics.send_epoch(progress.global_step, progress.epoch)
                 if automatic is not None:
-                    automatic.step_schedulers("epoch", self.current_epoch + 1)
-                self.current_epoch += 1
-            self._look_at(self.metrics.flush(self.global_step, self.current_epoch))
-        self.call("on_train_end")
-        self.call("on_fit_end")
+                    automatic.step_schedulers("epoch", progress.epoch + 1)
+                progress.epoch += 1
+            self._look_at(run, metrics.flush(progress.global_step, progress.epoch))
+        run.call("on_train_end")
+        run.call("on_fit_end")
 
-    def _train_epoch(self, training_step: Callable[[Any, int], Any]) -> None:
-        backend, metrics, life, plan = self.backend, self.metrics, self.life, self.plan
-        at_start, at_end = self.hooks["on_train_batch_start"], self.hooks["on_train_batch_end"]
-        self.call("on_train_epoch_start")
-        self.batch_idx = -1
-        for index, (batch, last) in enumerate(plan.epoch(self.current_epoch)):
-            self.batch_idx, self.is_last_batch = index, last
-            batch = self.transfer(batch, 0)
+    def _train_epoch(self, run: Run, training_step: Callable[[Any, int], Any]) -> None:
+        backend, metrics, life, plan, progress = self.backend, run.metrics, run.life, run.plan, self.progress
+        at_start, at_end = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
+        run.call("on_train_epoch_start")
+        progress.batch_idx = -1
+        for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
+            progress.batch_idx, progress.is_last_batch = index, last
+            batch = run.transfer(batch, 0)
             metrics.set_batch(batch)
-            if at_start and -1 in self.call("on_train_batch_start", batch, index):
+            if at_start and -1 in run.call("on_train_batch_start", batch, index):
                 break
             metrics.hook("training_step")
             with backend.forward_context():
                 outputs = training_step(batch, index)
             backend.step_boundary()
             if life.stepped:
-                self.global_step += 1
+                progress.global_step += 1
                 life.stepped = False
             if at_end:
-                self.call("on_train_batch_end", outputs, batch, index)
+                run.call("on_train_batch_end", outputs, batch, index)
             if life.last_loss is not None:
                 metrics.checks["loss"] = life.last_loss
-            checks = metrics.flush_step(self.global_step, self.current_epoch)
+            checks = metrics.flush_step(progress.global_step, progress.epoch)
             if checks:
-                self._look_at(checks)
-            self._batches_seen += 1
-            if plan.val_loaders and self._validation_due():
-                evaluate(self, "validate", plan.val_loaders, self.limit_val_batches)
+                self._look_at(run, checks)
+            progress.batches += 1
+            if plan.val_loaders and self._validation_due(run):
+                evaluate(run, "validate", plan.val_loaders)
             plan.steps_left -= 1
-            if self._finished():
+            if self._finished(run):
                 break
-        if self.batch_idx < 0:
+        if progress.batch_idx < 0:
             raise empty_loader("training")
 
-    def _finished(self) -> bool:
-        plan = self.plan
-        done = plan.steps_left <= 0 or 0 <= self.max_steps <= self.global_step
+    def _finished(self, run: Run) -> bool:
+        plan = run.plan
+        done = plan.steps_left <= 0 or 0 <= self.max_steps <= self.progress.global_step
         return done or self.should_stop or plan.batches == 0
 
-    def _look_at(self, checks: dict[str, float]) -> None:
+    def _look_at(self, run: Run, checks: dict[str, float]) -> None:
         """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
         if "loss" in checks:
-            self.life.check_finite(checks["loss"])
+            run.life.check_finite(checks["loss"])
 
-    def _validation_due(self) -> bool:
+    def _validation_due(self, run: Run) -> bool:
         """Return whether validation follows the training batch that just ended."""
-        every, epochs = self.plan.val_every, self.check_val_every_n_epoch
+        every, epochs, progress = run.plan.val_every, self.check_val_every_n_epoch, self.progress
         if epochs is None:  # batches are counted across epochs
-            return self._batches_seen % (every or 1) == 0
-        if (self.current_epoch + 1) % epochs:
+            return progress.batches % (every or 1) == 0
+        if (progress.epoch + 1) % epochs:
             return False
-        return self.is_last_batch if every is None else (self.batch_idx + 1) % every == 0
-
-    def call(self, name: str, *arguments: Any) -> list[Any]:
-        """Call the overridden hooks `name`: callbacks first, then the module."""
-        hooks = self.hooks.get(name)
-        if not hooks:
-            return []
-        self.metrics.hook(name)
-        return [hook(*arguments) for hook in hooks]
-
-    def _all_reduce(self, tensor: Tensor, op: Any) -> Tensor:
-        return self.backend.collectives.all_reduce(tensor.to(self.backend.device), op)
-
-
-_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+        return progress.is_last_batch if every is None else (progress.batch_idx + 1) % every == 0
 
 
 def _with_progress_bar(callbacks: Any, enabled: bool) -> list[Callback]:

@@ -1,3 +1,3 @@
 """Where batches come from, and which of them each rank sees."""
 
-from xtrain.data.loaders import LightningDataModule as LightningDataModule
+from xtrain.data.datamodule import LightningDataModule as LightningDataModule

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xtrain.data.loaders import END, empty_loader, size_of
+from xtrain.data.batches import END, empty_loader, size_of
 from xtrain.errors import ConfigurationError, explain
 from xtrain.tensors import movable
 

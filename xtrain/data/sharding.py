@@ -19,8 +19,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from xtrain.collectives import Collectives
+from xtrain.data.batches import END
 from xtrain.data.combined import CombinedLoader, TogetherLoader
-from xtrain.data.loaders import END
 from xtrain.errors import ConfigurationError, explain
 
 _COPIED = (

@@ -143,7 +143,7 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_as_one() -> Iterator[None]:
     """Let the ranks of a run fail as one: whoever loses a peer inside reports that peer's error.
 
     Raises:

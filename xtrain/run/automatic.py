@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from xtrain.configure import LRSchedulerConfig
 from xtrain.errors import ConfigurationError, explain
 from xtrain.module import LightningModule
-
-if TYPE_CHECKING:
-    from xtrain.trainer import Trainer
+from xtrain.run.state import Run
 
 
 class AutomaticStep:
     """Runs ``training_step`` for its loss, and the life of the gradient after it.
 
     Args:
-        trainer: gives accumulation, clipping and the schedulers.
-        module: gives the steps and the hooks.
+        run: gives accumulation, clipping, schedulers and module.
         training_step: the user's, taking ``(batch, batch_idx)``.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, training_step: Any) -> None:
-        self._trainer, self._module, self._training_step = trainer, module, training_step
-        self._life = trainer.life
+    def __init__(self, run: Run, training_step: Any) -> None:
+        self._run, self._training_step = run, training_step
+        self._trainer, self._module, self._life = run.trainer, run.module, run.life
         self._window = 0  # micro-batches accumulated since the last step
-        if trainer.gradient_clip_val is not None or _overrides_clipping(module):
+        if run.trainer.gradient_clip_val is not None or _overrides_clipping(run.module):
             # Clipping belongs between finalize and step, where the hooks before a step run.
             self._life.hooks["on_before_optimizer_step"].append(self._clip)
 
@@ -75,7 +72,7 @@ class AutomaticStep:
 
     def step_schedulers(self, interval: str, count: int) -> None:
         """Step the schedulers of `interval` whose frequency divides `count`."""
-        for config in self._trainer.lr_scheduler_configs:
+        for config in self._run.schedulers:
             if config.interval == interval and count % config.frequency == 0:
                 metric = self._monitored(config)
                 if metric is not None or not config.reduce_on_plateau:

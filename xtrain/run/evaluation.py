@@ -4,82 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from xtrain.data.loaders import empty_loader, limited, nothing_left, size_of, with_last
-from xtrain.module import LightningModule
+from xtrain.data.batches import empty_loader, limited, nothing_left, size_of, with_last
+from xtrain.run.state import Run
 
-if TYPE_CHECKING:
-    from xtrain.trainer import Trainer
+# By stage: the name in hooks and steps, and the Trainer's limit.
+_NAMES = {"validate": "validation", "test": "test", "predict": "predict"}
+_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
 
-HOOK_NAMES = {"validate": "validation", "test": "test", "predict": "predict"}
 
-
-def evaluate(
-    trainer: Trainer, stage: str, loaders: list[Any], limit: int | float | None, sanity: bool = False
-) -> list[Any]:
+def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
     """Run ``validation_step``, ``test_step`` or ``predict_step`` over `loaders`.
 
     Args:
-        trainer: the run; its metrics collect what the steps log.
-        stage: ``"validate"``, ``"test"`` or ``"predict"``.
+        run: its metrics collect what the steps log.
+        stage: ``"validate"``, ``"test"`` or ``"predict"``, or ``"sanity"``, a short validation before training
+            whose metrics are dropped.
         loaders: one or several iterables of batches.
-        limit: batches per loader, see `xtrain.data.loaders.limited`.
-        sanity: a check before training, whose metrics are dropped.
 
     Returns:
         The steps' outputs for prediction (one list per loader if there are several), else the
         metrics of the epoch as a list with one dict per loader.
     """
-    name = HOOK_NAMES[stage]
-    module = trainer.lightning_module
-    step = accept_arguments(getattr(module, f"{name}_step"), 3 if len(loaders) > 1 else 2)
-    outputs: list[list[Any]] = []
-    metric_stage: Any = "sanity" if sanity else stage if stage != "predict" else "idle"
-    with (
-        trainer.metrics.stage(metric_stage),
-        _in_eval_mode(trainer, module),
-        _stage(trainer, "sanity" if sanity else stage),
-    ):
-        trainer.call(f"on_{name}_start")
-        trainer.call(f"on_{name}_epoch_start")
-        for index, loader in enumerate(loaders):
-            outputs.append(_over_loader(trainer, name, step, loader, index, len(loaders) > 1, limit))
+    kind = "validate" if stage == "sanity" else stage
+    name, several = _NAMES[kind], len(loaders) > 1
+    limit = run.plan.sanity_batches if stage == "sanity" else getattr(run.trainer, _LIMITS[kind])
+    step = accept_arguments(getattr(run.module, f"{name}_step"), 3 if several else 2)
+    metric_stage: Any = stage if stage != "predict" else "idle"
+    with run.metrics.stage(metric_stage), _in_eval_mode(run), _stage(run, stage):
+        run.call(f"on_{name}_start")
+        run.call(f"on_{name}_epoch_start")
+        outputs = [_over_loader(run, kind, step, loader, i, several, limit) for i, loader in enumerate(loaders)]
         if stage == "predict":
-            trainer.call("on_predict_epoch_end")
-            trainer.call("on_predict_end")
-            return outputs if len(outputs) > 1 else outputs[0]
-        trainer.metrics.reduce_epoch()
-        trainer.call(f"on_{name}_epoch_end")
-        results = trainer.metrics.send_epoch(trainer.global_step, trainer.current_epoch)
-        trainer.call(f"on_{name}_end")
+            run.call("on_predict_epoch_end")
+            run.call("on_predict_end")
+            return outputs if several else outputs[0]
+        run.metrics.reduce_epoch()
+        run.call(f"on_{name}_epoch_end")
+        results = run.metrics.send_epoch(run.trainer.global_step, run.trainer.current_epoch)
+        run.call(f"on_{name}_end")
     return _per_loader(results, len(loaders))
 
 
 def _over_loader(
-    trainer: Trainer, name: str, step: Any, loader: Any, index: int, several: bool, limit: int | float | None
+    run: Run, stage: str, step: Any, loader: Any, index: int, several: bool, limit: int | float | None
 ) -> list[Any]:
-    size = size_of(loader)
-    flag = f"limit_{'val' if name == 'validation' else name}_batches"
-    count = limited(size, limit, flag)
+    name, size = _NAMES[stage], size_of(loader)
+    count = limited(size, limit, _LIMITS[stage])
     if size and count == 0 and limit != 0:
-        raise nothing_left(flag, limit, size)
+        raise nothing_left(_LIMITS[stage], limit, size)
     outputs: list[Any] = []
-    place = (index,) if several else ()
+    which = (index,) if several else ()
     batch_idx = -1
     for batch_idx, (batch, _) in enumerate(with_last(loader, count, size is not None)):
-        batch = trainer.transfer(batch, index)
-        trainer.metrics.set_batch(batch, index if several else None)
-        trainer.call(f"on_{name}_batch_start", batch, batch_idx, index)
-        trainer.metrics.hook(f"{name}_step")
-        with trainer.backend.forward_context():
-            output = step(batch, batch_idx, *place)
-        trainer.backend.step_boundary()
-        trainer.call(f"on_{name}_batch_end", output, batch, batch_idx, index)
-        trainer.metrics.flush_step(trainer.global_step, trainer.current_epoch)
-        if name == "predict":
+        batch = run.transfer(batch, index)
+        run.metrics.set_batch(batch, index if several else None)
+        run.call(f"on_{name}_batch_start", batch, batch_idx, index)
+        run.metrics.hook(f"{name}_step")
+        with run.backend.forward_context():
+            output = step(batch, batch_idx, *which)
+        run.backend.step_boundary()
+        run.call(f"on_{name}_batch_end", output, batch, batch_idx, index)
+        run.metrics.flush_step(run.trainer.global_step, run.trainer.current_epoch)
+        if stage == "predict":
             outputs.append(output)
     if batch_idx < 0 and limit != 0:
         raise empty_loader(name)
@@ -98,20 +88,20 @@ def _per_loader(results: dict[str, float], count: int) -> list[dict[str, float]]
 
 
 @contextmanager
-def _stage(trainer: Trainer, stage: str) -> Iterator[None]:
-    outer, trainer.stage = trainer.stage, stage
+def _stage(run: Run, stage: str) -> Iterator[None]:
+    outer, run.stage = run.stage, stage
     try:
         yield
     finally:
-        trainer.stage = outer
+        run.stage = outer
 
 
 @contextmanager
-def _in_eval_mode(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def _in_eval_mode(run: Run) -> Iterator[None]:
     """Put every submodule in eval mode, and afterwards each one back as it was."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    faster = trainer.inference_mode and trainer.backend.capabilities.inference_mode
+    modes = [(m, m.training) for m in run.module.modules()]
+    run.module.eval()
+    faster = run.trainer.inference_mode and run.backend.capabilities.inference_mode
     no_gradients = torch.inference_mode() if faster else torch.no_grad()
     try:
         with no_gradients:

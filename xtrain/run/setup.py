@@ -1,42 +1,41 @@
-"""One run of a Trainer, from set-up to clean-up."""
+"""One run of a Trainer, from set-up to clean-up; what it is made of is in `xtrain.run.state.Run`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xtrain.callbacks.base import Callback
 from xtrain.configure import check_monitors, read_optimizers
 from xtrain.contract import Situation
-from xtrain.data.loaders import LightningDataModule, make_transfer
+from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
 from xtrain.hooks import collect_hooks
-from xtrain.launch.join import together
+from xtrain.launch.join import fail_as_one
+from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
 from xtrain.rules import check_rules
-
-if TYPE_CHECKING:
-    from xtrain.trainer import Trainer
+from xtrain.run.state import FitPlan, Run, TrainerState
 
 
 @contextmanager
 def running(
-    trainer: Trainer,
+    trainer: TrainerState,
     stage: str,
     module: LightningModule,
     datamodule: LightningDataModule | None,
-    plan: Callable[[], None] = lambda: None,
-) -> Iterator[None]:
-    """Set everything up for `stage` (fit, validate, test or predict), and clean up whatever happens.
+    plan: Callable[[Run], FitPlan] = lambda run: run.plan,
+) -> Iterator[Run]:
+    """Set a run up and yield it; clean up whatever happens.
 
     Args:
         trainer: whose run it is.
-        stage: as above.
+        stage: fit, validate, test or predict.
         module: the user's module.
         datamodule: the user's DataModule, if any.
-        plan: finds the loaders; called between the ``setup`` hooks and ``configure_optimizers``.
+        plan: finds loaders and ends of a fit; called between the ``setup`` hooks and ``configure_optimizers``.
 
     Raises:
         BackendUnavailableError: if the backend cannot run on this machine.
@@ -48,85 +47,104 @@ def running(
     reason = type(backend).available()
     if reason is not None:
         raise BackendUnavailableError(f"Backend '{backend.name}' cannot run here: {reason}.")
-    with together(), ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
+    with fail_as_one(), ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
         backend.launch()
         clean_up.callback(backend.teardown)
-        _attach(trainer, stage, module, datamodule)
-        clean_up.callback(_detach, trainer, module)
-        clean_up.callback(trainer.call, "teardown", stage)
+        run = _begin(trainer, stage, module, datamodule)
+        clean_up.callback(_end, run)
+        clean_up.callback(run.call, "teardown", stage)
         if datamodule is not None:
             clean_up.callback(datamodule.teardown, stage)
         try:
-            _set_up(trainer, stage, module, datamodule, plan)
-            clean_up.callback(trainer.life.toggles.clear)
-            for guard in trainer.life.guard():
+            _set_up(run, plan)
+            clean_up.callback(run.life.toggles.clear)
+            for guard in run.life.guard():
                 clean_up.callback(guard.remove)
             clean_up.enter_context(backend.random_stream())
-            yield
+            yield run
         except BaseException as error:
-            for logger in trainer.metrics.loggers:
+            for logger in run.metrics.loggers:
                 logger.finalize("failed")
-            trainer.call("on_exception", error)
+            run.call("on_exception", error)
             raise
-        for logger in trainer.metrics.loggers:
+        for logger in run.metrics.loggers:
             logger.finalize("success")
 
 
-def _attach(trainer: Trainer, stage: str, module: LightningModule, datamodule: LightningDataModule | None) -> None:
-    trainer.stage, trainer.datamodule, trainer.module = stage, datamodule, module
-    trainer.should_stop = False
-    trainer.lr_scheduler_configs = []
+def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodule: LightningDataModule | None) -> Run:
+    """Make the run, and let Trainer and module know it."""
+    backend = trainer.backend
+    metrics = _metrics(trainer)
     for callback in trainer.callbacks:
-        callback._metrics = trainer.metrics
-    trainer.hooks = collect_hooks(trainer, module, trainer.callbacks, Callback)
-    trainer.life = GradientLife(trainer.backend, trainer.hooks, trainer.nonfinite_loss)
-    trainer.metrics.loggers = trainer.loggers if trainer.is_global_zero else []
+        callback._metrics = metrics
+    hooks = collect_hooks(trainer, module, trainer.callbacks, Callback, metrics.reduce_epoch)
+    run = Run(
+        trainer=trainer,
+        stage=stage,
+        module=module,
+        datamodule=datamodule,
+        hooks=hooks,
+        life=GradientLife(backend, hooks, trainer.nonfinite_loss),
+        metrics=metrics,
+        transfer=make_transfer(backend, datamodule, module),
+    )
+    trainer.run, trainer.should_stop = run, False
+    module.trainer, module._life = trainer, run.life  # type: ignore[assignment]  # a Trainer is all there is
+    return run
+
+
+def _metrics(trainer: TrainerState) -> MetricLog:
+    """Return the collection of a run; only rank 0 writes."""
+    backend, first = trainer.backend, trainer.backend.collectives.rank == 0
+    log = MetricLog(
+        backend.read_scalars,
+        lambda tensor, op: backend.collectives.all_reduce(tensor.to(backend.device), op),
+        trainer.log_every_n_steps,
+        backend.capabilities.asynchronous,
+    )
+    log.loggers = trainer.loggers if first else []
     for logger in trainer.loggers:
-        logger.enabled = trainer.is_global_zero
-    module.trainer, module._life = trainer, trainer.life
+        logger.enabled = first
+    return log
 
 
-def _detach(trainer: Trainer, module: LightningModule) -> None:
-    module._life, trainer.stage = None, None
-    for callback in trainer.callbacks:
+def _end(run: Run) -> None:
+    run.module._life, run.active = None, False
+    for callback in run.trainer.callbacks:
         callback._metrics = None
 
 
-def _set_up(
-    trainer: Trainer,
-    stage: str,
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    plan: Callable[[], None],
-) -> None:
-    if trainer.is_global_zero:
+def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
+    module = run.module
+    if run.trainer.is_global_zero:
         module.prepare_data()
-    _set_up_data(trainer, stage, datamodule)
-    trainer.call("setup", stage)
+    _set_up_data(run)
+    run.call("setup", run.stage)
     module.configure_model()
-    for logger in trainer.metrics.loggers if module.hparams and module._log_hparams else ():
+    for logger in run.metrics.loggers if module.hparams and module._log_hparams else ():
         logger.log_hyperparams(module.hparams)
-    plan()
-    trainer.backend.setup_module(module)
-    if stage == "fit":
-        _set_up_optimizers(trainer, module)
-    trainer.transfer = make_transfer(trainer.backend, datamodule, module)
+    run.backend.setup_module(module)  # before loaders are asked for: making them may use the module on its device
+    run.plan = plan(run)
+    if run.stage == "fit":
+        _set_up_optimizers(run)
 
 
-def _set_up_data(trainer: Trainer, stage: str, datamodule: LightningDataModule | None) -> None:
+def _set_up_data(run: Run) -> None:
+    datamodule = run.datamodule
     if datamodule is None:
         return
-    datamodule.trainer = trainer
-    if trainer.is_global_zero:
+    datamodule.trainer = run.trainer
+    if run.trainer.is_global_zero:
         datamodule.prepare_data()
-    trainer.backend.collectives.barrier()
-    datamodule.setup(stage)
+    run.backend.collectives.barrier()
+    datamodule.setup(run.stage)
 
 
-def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
-    optimizers, trainer.lr_scheduler_configs = read_optimizers(module.configure_optimizers())
+def _set_up_optimizers(run: Run) -> None:
+    trainer, module = run.trainer, run.module
+    optimizers, run.schedulers = read_optimizers(module.configure_optimizers())
     if module.automatic_optimization:
-        check_monitors(trainer.lr_scheduler_configs)
+        check_monitors(run.schedulers)
     check_rules(
         Situation(
             backend=trainer.backend,
@@ -140,8 +158,8 @@ def _set_up_optimizers(trainer: Trainer, module: LightningModule) -> None:
             devices=trainer.backend.devices,
         )
     )
-    trainer.life.wrap(optimizers)
-    wrapped = trainer.life.optimizers
+    run.life.wrap(optimizers)
+    wrapped = run.life.optimizers
     module._optimizers = wrapped[0] if len(wrapped) == 1 else wrapped
     trainer.backend.setup_optimizers(module, wrapped)
 

@@ -1,8 +1,15 @@
-"""What users, modules and callbacks read from a Trainer."""
+"""What a run consists of, who owns it, and what users, modules and callbacks read of it from a Trainer.
+
+`Run` is made by `xtrain.run.setup.running`, which alone fills it; the loops read it. `Progress` belongs to the
+Trainer and goes on from one fit to the next; the loop of training alone writes it. A Trainer keeps settings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from xtrain.callbacks.base import Callback
@@ -10,83 +17,250 @@ from xtrain.callbacks.progress import ProgressBar
 from xtrain.collectives import Collectives
 from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend
-from xtrain.data.loaders import LightningDataModule
+from xtrain.data.batches import with_last
+from xtrain.data.datamodule import LightningDataModule
+from xtrain.data.sharding import agreed, repeat_last, set_epoch
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import own_rank
 from xtrain.loggers.base import Logger
 from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
-from xtrain.run.plan import FitPlan
+from xtrain.precision import Precision
 
 T = TypeVar("T")
 
 
-class TrainerState:
-    """The read-only side of a `Trainer`, which sets every attribute declared here."""
+@dataclass
+class Progress:
+    """Where the training of a Trainer is.
 
-    # Where the training is.
-    current_epoch: int = 0
-    global_step: int = 0  # training steps in which at least one optimizer stepped
+    Attributes:
+        epoch: the number of epochs that were finished, and so the current one, from 0.
+        global_step: training steps in which at least one optimizer stepped.
+        batches: training batches over all epochs.
+        batch_idx: the current batch of the epoch, from 0.
+        is_last_batch: whether it is the last of its epoch.
+    """
+
+    epoch: int = 0
+    global_step: int = 0
+    batches: int = 0
     batch_idx: int = 0
     is_last_batch: bool = False
-    _batches_seen: int = 0
-    should_stop: bool = False
-    stage: str | None = None  # fit, validate, test, predict or sanity; None between runs
 
-    # What it consists of.
-    backend: Backend
-    callbacks: list[Callback]
-    datamodule: LightningDataModule | None = None
+
+@dataclass
+class FitPlan:
+    """The loaders of a fit and its ends.
+
+    Attributes:
+        loader: training batches; None stands for batches that are None.
+        val_loaders: validation batches.
+        batches: training batches per epoch; None if the loader does not know.
+        sized: whether every rank's loader knows its length.
+        max_epochs: where to stop; None is unlimited.
+        steps_left: training steps this call may still make.
+        val_every: training batches between validations; None validates after the last batch of an epoch.
+        sanity_batches: validation batches per loader before training.
+        ranks: the processes that read together.
+        uneven: see ``Trainer(uneven_batches=...)``.
+    """
+
+    loader: Any = None
+    val_loaders: list[Any] = field(default_factory=list)
+    batches: int | None = None
+    sized: bool = False
+    max_epochs: int | None = None
+    steps_left: float = math.inf
+    val_every: int | None = None
+    sanity_batches: int | float | None = 0
+    ranks: Collectives = field(default_factory=Collectives)
+    uneven: str = "drop"
+
+    def epoch(self, number: int) -> Iterator[tuple[Any, bool]]:
+        """Yield ``(batch, is_last)`` for the epoch `number`, equally often on every rank."""
+        limit = self.steps_left if self.batches is None else min(self.batches, self.steps_left)
+        count = None if limit == math.inf else int(limit)
+        if self.loader is None:
+            return with_last(itertools.repeat(None), count, sized=True)
+        set_epoch(self.loader, number)
+        if self.ranks.world_size > 1:
+            if not self.sized:
+                return agreed(itertools.islice(self.loader, count), self.ranks, self.uneven)
+            return with_last(repeat_last(self.loader), count, sized=True)
+        return with_last(self.loader, count, self.sized)
+
+
+@dataclass(eq=False)
+class Run:
+    """One run, from set-up to clean-up.
+
+    Attributes:
+        trainer: whose run it is; gives the settings and the progress.
+        stage: what runs now: fit, validate, test, predict or sanity; inside a fit it is validate for a while.
+        module: the user's module.
+        datamodule: the user's DataModule, if any.
+        hooks: the overridden hooks by name, callbacks first.
+        life: what the optimizers share.
+        metrics: what is logged.
+        transfer: brings ``(batch, dataloader_idx)`` to the device.
+        schedulers: of the learning rates.
+        plan: loaders and ends of a fit.
+        active: whether it has not ended yet.
+    """
+
+    trainer: TrainerState
+    stage: str
+    module: LightningModule
+    datamodule: LightningDataModule | None
     hooks: dict[str, list[Callable[..., Any]]]
     life: GradientLife
-    loggers: list[Logger]
-    lr_scheduler_configs: list[LRSchedulerConfig]
     metrics: MetricLog
-    module: LightningModule | None = None
-
-    # How long it goes on.
-    max_epochs: int | None
-    max_steps: int
-    accumulate_grad_batches: int
-    plan: FitPlan
+    transfer: Callable[[Any, int], Any]
+    schedulers: list[LRSchedulerConfig] = field(default_factory=list)
+    plan: FitPlan = field(default_factory=FitPlan)
+    active: bool = True
 
     @property
-    def lightning_module(self) -> LightningModule:
-        """The module of the current or last run."""
-        if self.module is None:
-            raise ConfigurationError(explain("a Trainer that has run a module", "a new one", "trainer.fit(model)"))
-        return self.module
+    def backend(self) -> Backend:
+        """The backend of the Trainer."""
+        return self.trainer.backend
 
-    optimizers = property(lambda self: self.life.optimizers, doc="The wrapped optimizers of the run.")
-    callback_metrics = property(lambda self: self.metrics.callback_metrics, doc="Latest metrics by name.")
-    logged_metrics = property(lambda self: self.metrics.logged_metrics, doc="Metrics sent to loggers.")
-    progress_bar_metrics = property(lambda self: self.metrics.progress_bar_metrics, doc="Metrics on the bar.")
-    logger = property(lambda self: self.loggers[0] if self.loggers else None, doc="The first logger.")
-    world_size = property(lambda self: self.backend.collectives.world_size, doc="Number of processes.")
-    global_rank = property(lambda self: _rank(self.backend.collectives), doc="This process, from 0.")
-    local_rank = property(lambda self: self.backend.collectives.local_rank, doc="This process on its host.")
-    is_global_zero = property(lambda self: self.global_rank == 0, doc="Whether this is rank 0.")
+    def call(self, name: str, *arguments: Any) -> list[Any]:
+        """Call the overridden hooks `name`: callbacks first, then the module."""
+        hooks = self.hooks.get(name)
+        if not hooks:
+            return []
+        self.metrics.hook(name)
+        return [hook(*arguments) for hook in hooks]
+
+
+class TrainerState:
+    """The settings of a `Trainer`, which sets every attribute declared here, and views on its current or last run."""
+
+    # What it was given.
+    backend: Backend
+    precision: Precision
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    max_epochs: int | None
+    max_steps: int
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    limit_test_batches: int | float | None
+    limit_predict_batches: int | float | None
+    num_sanity_val_steps: int
+    check_val_every_n_epoch: int | None
+    val_check_interval: int | float | None
+    uneven_batches: str
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str | None
+    log_every_n_steps: int
+    nonfinite_loss: str
+    inference_mode: bool
+
+    # What it comes to.
+    progress: Progress
+    run: Run | None = None  # the current one, or the last
+    should_stop: bool = False  # anybody may set it; the loop looks at it after every batch
+
+    # ---------------------------------------------------------------- where the training is
+
+    current_epoch = property(lambda self: self.progress.epoch, doc="Epochs that were finished.")
+    global_step = property(lambda self: self.progress.global_step, doc="Training steps in which an optimizer stepped.")
+    batch_idx = property(lambda self: self.progress.batch_idx, doc="The current training batch of the epoch, from 0.")
+    is_last_batch = property(lambda self: self.progress.is_last_batch, doc="Whether the epoch ends with this batch.")
+
+    @property
+    def stage(self) -> str | None:
+        """What runs: fit, validate, test, predict or sanity; None between runs."""
+        return self.run.stage if self.run is not None and self.run.active else None
+
     training = property(lambda self: self.stage == "fit", doc="Whether `fit` runs.")
     validating = property(lambda self: self.stage == "validate", doc="Whether `validate` runs.")
     testing = property(lambda self: self.stage == "test", doc="Whether `test` runs.")
     predicting = property(lambda self: self.stage == "predict", doc="Whether `predict` runs.")
-
     sanity_checking = property(lambda self: self.stage == "sanity", doc="Whether the check before training runs.")
+
+    # ---------------------------------------------------------------- what the run consists of
+
+    @property
+    def lightning_module(self) -> LightningModule:
+        """The module of the current or last run."""
+        return self._of_run().module
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The wrapped optimizers of the current or last run."""
+        return [] if self.run is None else list(self.run.life.optimizers)
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The schedulers of the current or last run, with their settings."""
+        return [] if self.run is None else self.run.schedulers
+
+    datamodule = property(lambda self: self.run and self.run.datamodule, doc="The DataModule of the run, or None.")
+    logger = property(lambda self: self.loggers[0] if self.loggers else None, doc="The first logger.")
+
+    @property
+    def life(self) -> GradientLife:
+        """What the optimizers of the current or last run share."""
+        return self._of_run().life
+
+    @property
+    def metrics(self) -> MetricLog:
+        """What the current or last run logged."""
+        return self._of_run().metrics
+
+    @property
+    def callback_metrics(self) -> Any:
+        """The latest metrics by name, of the current or last run."""
+        return {} if self.run is None else self.run.metrics.callback_metrics
+
+    @property
+    def logged_metrics(self) -> Any:
+        """The latest metrics that were sent to the loggers."""
+        return {} if self.run is None else self.run.metrics.logged_metrics
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The latest metrics of the progress bar."""
+        return {} if self.run is None else self.run.metrics.progress_bar_metrics
+
+    def _of_run(self) -> Run:
+        if self.run is None:
+            raise ConfigurationError(explain("a Trainer that has run a module", "a new one", "trainer.fit(model)"))
+        return self.run
+
+    # ---------------------------------------------------------------- how long it goes on
 
     @property
     def num_training_batches(self) -> int | float:
         """Training batches per epoch; infinity if the loader does not know."""
-        return float("inf") if self.plan.batches is None else self.plan.batches
+        batches = None if self.run is None else self.run.plan.batches
+        return math.inf if batches is None else batches
 
     @property
     def estimated_stepping_batches(self) -> int | float:
         """Optimizer steps automatic optimization will take; infinity if that is not known."""
-        batches, epochs = self.plan.batches, self.plan.max_epochs
-        if epochs is None or batches is None:
-            return self.max_steps if self.max_steps >= 0 else float("inf")
-        total = -(-batches // self.accumulate_grad_batches) * epochs
+        plan = self._of_run().plan
+        if plan.max_epochs is None or plan.batches is None:
+            return self.max_steps if self.max_steps >= 0 else math.inf
+        total = -(-plan.batches // self.accumulate_grad_batches) * plan.max_epochs
         return total if self.max_steps < 0 else min(total, self.max_steps)
+
+    # ---------------------------------------------------------------- the ranks
+
+    world_size = property(lambda self: self.backend.collectives.world_size, doc="Number of processes.")
+    local_rank = property(lambda self: self.backend.collectives.local_rank, doc="This process on its host.")
+    is_global_zero = property(lambda self: self.global_rank == 0, doc="Whether this is rank 0.")
+
+    @property
+    def global_rank(self) -> int:
+        """This process, from 0; before a run, what the launcher said."""
+        return own_rank() if self.run is None else self.backend.collectives.rank
 
     def barrier(self) -> None:
         """Wait for all ranks of the run; every one must come here."""
@@ -101,7 +275,3 @@ class TrainerState:
         if self.is_global_zero:
             bars = [c.print for c in self.callbacks if isinstance(c, ProgressBar)]
             (bars[0] if bars else print)(" ".join(map(str, values)))
-
-
-def _rank(ranks: Collectives) -> int:
-    return ranks.rank if ranks.world_size > 1 else own_rank()  # before a run, the launcher may have told it
