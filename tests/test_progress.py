@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from xtrain import Callback, LightningModule, ProgressBar, Trainer
+from xtrain.callbacks.base import hook_names
 from xtrain.hooks import ModuleHooks
 
 
