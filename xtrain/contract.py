@@ -39,6 +39,10 @@ class Capabilities:
         asynchronous: reading a value waits for the device, so the loop reads in batches.
         multi_process: several processes may train together.
         inference_mode: `torch.inference_mode` works; evaluation only switches gradients off otherwise.
+
+    Example:
+        >>> Capabilities(precisions=frozenset({"32-true", "bf16-mixed"}), multi_process=True).shared_parameters
+        True
     """
 
     precisions: frozenset[str]
@@ -93,6 +97,13 @@ class Backend(ABC):
         devices: number of devices asked for (None: whatever the launcher says), set likewise.
         device: the `torch.device` of this process, set by `launch`.
         collectives: set by `launch`; the default is a run of one process.
+
+    Example:
+        >>> from xtrain_backends.cpu import CPU
+        >>> backend = CPU(timeout=60.0)
+        >>> CPU.available() is None, sorted(backend.capabilities.precisions)[:2]
+        (True, ['16-mixed', '32-true'])
+        >>> trainer = Trainer(backend=backend)
     """
 
     name: ClassVar[str]

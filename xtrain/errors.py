@@ -11,47 +11,126 @@ from collections.abc import Sequence
 
 
 class XTrainError(Exception):
-    """Base of all errors raised by xtrain."""
+    """Base of all errors raised by xtrain.
+
+    Example:
+        >>> try:
+        ...     Trainer(backend="cpo")
+        ... except XTrainError as error:
+        ...     print(type(error).__name__)
+        UnknownBackendError
+    """
 
 
 class ConfigurationError(XTrainError, ValueError):
-    """An argument, a return value or a module that cannot be used as it is."""
+    """An argument, a return value or a module that cannot be used as it is.
+
+    Example:
+        >>> Trainer(max_epochs="ten")
+        Traceback (most recent call last):
+        xtrain.errors.ConfigurationError: Expected max_epochs as an int of at least -1. Received: 'ten'.
+        Fix:  Trainer(max_epochs=1)
+    """
 
 
 class UnknownBackendError(ConfigurationError):
-    """No backend is registered under the given name."""
+    """No backend is registered under the given name.
+
+    Example:
+        >>> Trainer(backend="cpo")
+        Traceback (most recent call last):
+        xtrain.errors.UnknownBackendError: Expected a backend out of 'cpu', 'cuda', ... Received: 'cpo'.
+        Fix:  Trainer(backend='cpu')
+    """
 
 
 class MissingDependencyError(XTrainError, ImportError):
-    """A backend or logger needs a package that is not installed; the message has the pip line."""
+    """A backend or logger needs a package that is not installed; the message has the pip line.
+
+    Example:
+        >>> try:
+        ...     writer = TensorBoardLogger("logs").experiment  # needs tensorboard
+        ... except MissingDependencyError as error:
+        ...     reason = str(error)  # ... pip install 'xtrain-torch[loggers]'
+    """
 
 
 class BackendUnavailableError(XTrainError, RuntimeError):
-    """The backend's software or hardware is not usable on this machine."""
+    """The backend's software or hardware is not usable on this machine.
+
+    Example:
+        >>> try:
+        ...     Trainer("cuda", fast_dev_run=True).fit(module, data)
+        ... except BackendUnavailableError as error:
+        ...     reason = str(error)  # what is missing, and what to do about it
+    """
 
 
 class BackendContractError(XTrainError, TypeError):
-    """A registered class does not fulfil the `Backend` contract."""
+    """A registered class does not fulfil the `Backend` contract.
+
+    Example:
+        >>> register_backend(int)
+        Traceback (most recent call last):
+        xtrain.errors.BackendContractError: Expected a subclass of xtrain.contract.Backend. Received: <class 'int'>.
+        Fix:  class MyBackend(xtrain.contract.Backend): ...
+    """
 
 
 class ProtocolError(XTrainError, RuntimeError):
-    """The life of a gradient was called in an order that would train something else."""
+    """The life of a gradient was called in an order that would train something else.
+
+    Example:
+        >>> module.optimizers()  # outside of a run
+        Traceback (most recent call last):
+        xtrain.errors.ProtocolError: Expected optimizers() inside a run, where optimizers exist. ...
+    """
 
 
 class NonFiniteLossError(XTrainError, FloatingPointError):
-    """A loss became NaN or infinite and the Trainer was told to stop."""
+    """A loss became NaN or infinite and the Trainer was told to stop.
+
+    Example:
+        >>> class Diverging(Regression):
+        ...     def training_step(self, batch, batch_idx):
+        ...         self.manual_backward(self.net(batch).sum() * float("inf"))
+        >>> Trainer(max_epochs=1, nonfinite_loss="stop", enable_progress_bar=False).fit(Diverging(), data)
+        Traceback (most recent call last):
+        xtrain.errors.NonFiniteLossError: Expected a finite loss. Received: ...
+    """
 
 
 class LaunchError(XTrainError, RuntimeError):
-    """The processes of a run could not be started, or did not find each other."""
+    """The processes of a run could not be started, or did not find each other.
+
+    Example:
+        >>> try:
+        ...     trainer.fit(module, data)
+        ... except LaunchError as error:
+        ...     print(error)  # Expected a free port. Received: MASTER_PORT=29500, in use ...
+    """
 
 
 class RankFailedError(XTrainError, RuntimeError):
-    """Another process of the run failed; the message has its first error."""
+    """Another process of the run failed; the message has its first error.
+
+    Example:
+        >>> try:
+        ...     trainer.fit(module, data)
+        ... except RankFailedError as error:
+        ...     print(error)  # Rank 1 failed first: ..., with its traceback
+    """
 
 
 class CheckpointError(XTrainError, RuntimeError):
-    """A checkpoint cannot be written, or is not what this run can go on from."""
+    """A checkpoint cannot be written, or is not what this run can go on from.
+
+    Example:
+        >>> try:
+        ...     trainer.fit(module, data)
+        ... except CheckpointError as error:
+        ...     print(error)  # which file of which checkpoint, and what is wrong with it
+    """
 
 
 class UnsupportedCombinationError(XTrainError, RuntimeError):
@@ -59,6 +138,13 @@ class UnsupportedCombinationError(XTrainError, RuntimeError):
 
     Attributes:
         violations: one text per violated rule, all of them, in the order of the rule table.
+
+    Example:
+        >>> try:
+        ...     Trainer("cpu", precision="16-true", gradient_clip_val=1.0, max_epochs=1).fit(module, data)
+        ... except UnsupportedCombinationError as error:
+        ...     print(len(error.violations))  # the precision, and a flag that manual optimization leaves to the step
+        2
     """
 
     def __init__(self, violations: Sequence[str]) -> None:

@@ -26,14 +26,29 @@ class LightningModule(ModuleHooks, nn.Module):
     """A `torch.nn.Module` with a training step.
 
     Define `training_step` and `configure_optimizers`. In manual optimization
-    (``self.automatic_optimization = False``) the step calls the verbs itself::
+    (``self.automatic_optimization = False``) the step calls the verbs itself. The examples of the verbs are
+    lines of such a step.
 
-        def training_step(self, batch, batch_idx):
-            opt = self.optimizers()
-            opt.zero_grad()
-            self.manual_backward(self.loss(batch))
-            self.clip_gradients(opt, gradient_clip_val=1.0)
-            opt.step()
+    Example:
+        >>> class Regression(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.automatic_optimization = False
+        ...         self.net = nn.Linear(3, 1)
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         opt = self.optimizers()
+        ...         opt.zero_grad()
+        ...         self.manual_backward(self.net(batch).square().mean())
+        ...         self.clip_gradients(opt, gradient_clip_val=1.0)
+        ...         opt.step()
+        >>> trainer = Trainer(backend="cpu", max_epochs=1, enable_progress_bar=False)
+        >>> trainer.fit(Regression(), [torch.ones(2, 3)] * 4)
+        >>> trainer.global_step
+        4
     """
 
     def __init__(self) -> None:
@@ -163,6 +178,11 @@ class LightningModule(ModuleHooks, nn.Module):
 
         Raises:
             ProtocolError: outside of a run.
+
+        Example:
+            >>> opt = self.optimizers()  # generator, discriminator = self.optimizers(), if there are two
+            >>> opt.optimizer is self.optimizers(use_pl_optimizer=False)
+            True
         """
         life = self._life or self._active("optimizers")
         if use_pl_optimizer:
@@ -171,7 +191,13 @@ class LightningModule(ModuleHooks, nn.Module):
         return raw[0] if len(raw) == 1 else raw
 
     def lr_schedulers(self) -> Any:
-        """Return the scheduler, the list of several, or None. Their ``step`` belongs to you in manual mode."""
+        """Return the scheduler, the list of several, or None. Their ``step`` belongs to you in manual mode.
+
+        Example:
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> if opt.step():  # False if a gradient overflowed
+            ...     self.lr_schedulers().step()
+        """
         self._active("lr_schedulers")
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if not schedulers:
@@ -191,6 +217,10 @@ class LightningModule(ModuleHooks, nn.Module):
                 parameter was stepped between a forward and this backward of it.
             ConfigurationError: if `loss` is no scalar tensor or has no graph.
             NonFiniteLossError: if it is NaN or infinite and ``Trainer(nonfinite_loss="stop")``.
+
+        Example:
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> self.manual_backward(self.net(-batch).square().mean())  # adds to them
         """
         life = self._life or self._active("manual_backward")
         if self.automatic_optimization:
@@ -224,6 +254,12 @@ class LightningModule(ModuleHooks, nn.Module):
         Raises:
             ProtocolError: after the step, or without gradients.
             ConfigurationError: for a value or an algorithm that means nothing.
+
+        Example:
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> norm = self.clip_gradients(opt, gradient_clip_val=0.1)
+            >>> bool(self.net.weight.grad.norm() <= 0.1)
+            True
         """
         life = self._life or self._active("clip_gradients")
         value = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
@@ -231,18 +267,34 @@ class LightningModule(ModuleHooks, nn.Module):
         return life.wrapper_of(optimizer).clip_gradients(value, algorithm)  # type: ignore[arg-type]  # None is refused
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
-        """Let only the parameters of `optimizer` require gradients, until `untoggle_optimizer`."""
+        """Let only the parameters of `optimizer` require gradients, until `untoggle_optimizer`.
+
+        Example:
+            >>> self.toggle_optimizer(opt)
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> self.untoggle_optimizer(opt)
+        """
         life = self._active("toggle_optimizer")
         life.toggles.push(life.wrapper_of(optimizer))
 
     def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
-        """Restore ``requires_grad`` as it was before `toggle_optimizer`."""
+        """Restore ``requires_grad`` as it was before `toggle_optimizer`.
+
+        Example:
+            >>> self.toggle_optimizer(opt)
+            >>> self.untoggle_optimizer(opt)
+        """
         life = self._active("untoggle_optimizer")
         life.toggles.pop(life.wrapper_of(optimizer))
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> Iterator[None]:
-        """Toggle `optimizer` inside the context; restored after exceptions and when nested."""
+        """Toggle `optimizer` inside the context; restored after exceptions and when nested.
+
+        Example:
+            >>> with self.toggled_optimizer(opt):
+            ...     self.manual_backward(self.net(batch).square().mean())
+        """
         self.toggle_optimizer(optimizer)
         try:
             yield
@@ -252,11 +304,19 @@ class LightningModule(ModuleHooks, nn.Module):
     # ---------------------------------------------------------------- logging and collectives
 
     def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a metric without waiting for the device; options as in `MetricLog.log_dict`."""
+        """Record a metric without waiting for the device; options as in `MetricLog.log_dict`.
+
+        Example:
+            >>> self.log("loss", self.net(batch).square().mean(), prog_bar=True, on_epoch=True)
+        """
         self.trainer.metrics.log(name, value, prog_bar=prog_bar, **options)
 
     def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
-        """Record several metrics with the same options."""
+        """Record several metrics with the same options.
+
+        Example:
+            >>> self.log_dict({"loss_g": torch.tensor(0.7), "loss_d": torch.tensor(1.4)}, prog_bar=True)
+        """
         self.trainer.metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
 
     def all_gather(self, data: Any, *, sync_grads: bool = False) -> Any:
@@ -266,12 +326,21 @@ class LightningModule(ModuleHooks, nn.Module):
             data: a tensor, or nested dicts and sequences of tensors, shaped alike on every rank.
             sync_grads: let gradients flow back to the rank that a part came from, summed over the ranks
                 whose losses used it; every rank must run that backward. Otherwise the result has no graph.
+
+        Example:
+            >>> self.all_gather({"norm": torch.tensor(2.0)})["norm"].shape  # (world_size,)
+            torch.Size([1])
         """
         ranks = self.trainer.backend.collectives
         return map_tensors(lambda tensor: gather(tensor, ranks, sync_grads), data)
 
     def print(self, *values: Any) -> None:
-        """Print on rank 0 only, above the progress bar."""
+        """Print on rank 0 only, above the progress bar.
+
+        Example:
+            >>> self.print("batch", batch_idx)
+            batch 0
+        """
         self.trainer.print(*values)
 
     # ---------------------------------------------------------------- hyperparameters
@@ -288,6 +357,14 @@ class LightningModule(ModuleHooks, nn.Module):
             *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead.
             ignore: names to leave out.
             logger: also send them to the loggers when a run starts.
+
+        Example:
+            >>> class Model(LightningModule):
+            ...     def __init__(self, lr=0.1, token=""):
+            ...         super().__init__()
+            ...         self.save_hyperparameters(ignore="token")
+            >>> Model(lr=0.3).hparams.lr
+            0.3
         """
         frame = inspect.currentframe()
         values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)

@@ -168,6 +168,11 @@ class LightningOptimizer:
         applied: whether the last `step` updated parameters (an fp16 overflow skips it).
         step_count: steps that were applied.
         skipped_steps: steps that were skipped because a gradient overflowed.
+
+    Example:
+        >>> opt = self.optimizers()
+        >>> type(opt.optimizer).__name__, opt.param_groups[0]["lr"], opt.step_count
+        ('SGD', 0.1, 0)
     """
 
     _life: GradientLife
@@ -204,7 +209,11 @@ class LightningOptimizer:
         return self._backend.parameters_of(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the accumulated gradients; they are zeros afterwards if `set_to_none` is False."""
+        """Drop the accumulated gradients; they are zeros afterwards if `set_to_none` is False.
+
+        Example:
+            >>> opt.zero_grad()
+        """
         for hook in self._life.hooks["on_before_zero_grad"]:
             hook(self.optimizer)
         self._backend.zero_grad(self, set_to_none)
@@ -212,7 +221,12 @@ class LightningOptimizer:
         self.phase = Phase.EMPTY
 
     def clip_gradients(self, value: float, algorithm: Literal["norm", "value"] = "norm") -> Tensor:
-        """Finalize, then clip the gradients in place; see `LightningModule.clip_gradients`."""
+        """Finalize, then clip the gradients in place; see `LightningModule.clip_gradients`.
+
+        Example:
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> norm = opt.clip_gradients(0.1, "norm")
+        """
         if algorithm not in ("norm", "value"):
             fix = "self.clip_gradients(opt, gradient_clip_val=1.0, gradient_clip_algorithm='norm')"
             raise ConfigurationError(explain("gradient_clip_algorithm 'norm' or 'value'", repr(algorithm), fix))
@@ -237,6 +251,11 @@ class LightningOptimizer:
 
         Raises:
             ProtocolError: if nothing was accumulated since the last step.
+
+        Example:
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> opt.step()
+            True
         """
         if closure is not None:
             return self._step_with(closure)
@@ -291,6 +310,11 @@ class LightningOptimizer:
 
         Raises:
             ProtocolError: if there are none, or if the backend never saw them.
+
+        Example:
+            >>> self.manual_backward(self.net(batch).square().mean())
+            >>> opt.finalize()
+            >>> norm = self.net.weight.grad.norm()  # of what the step will use
         """
         if self.phase is Phase.FINALIZED:
             return
@@ -340,6 +364,10 @@ class LightningOptimizer:
         Args:
             sync_grad: False says that the gradients made here are only accumulated. xtrain
                 communicates when a gradient is first needed, so both values train the same.
+
+        Example:
+            >>> with opt.toggle_model():
+            ...     self.manual_backward(self.net(batch).square().mean())
         """
         self._life.toggles.push(self)
         try:

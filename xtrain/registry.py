@@ -138,6 +138,16 @@ def register_backend(cls: B) -> B:
 
     Raises:
         BackendContractError: `cls` does not fulfil the contract, or another class has its name.
+
+    Example:
+        >>> from xtrain_backends.eager import EagerBackend
+        >>> @register_backend
+        ... class Here(EagerBackend):
+        ...     name, capabilities = "here", Capabilities(precisions=frozenset({"32-true"}))
+        ...     available = classmethod(lambda cls: None)
+        ...     launch = lambda self: None
+        >>> Trainer("here").backend.name
+        'here'
     """
     validate_backend(cls)
     place = f"{cls.__module__}:{cls.__qualname__}"

@@ -28,6 +28,13 @@ def seed_everything(seed: int | None = None, workers: bool = False) -> int:
 
     Raises:
         ConfigurationError: if it is out of range or not an int.
+
+    Example:
+        >>> seed_everything(7)
+        7
+        >>> first = torch.rand(2)
+        >>> bool(seed_everything(7)) and torch.equal(first, torch.rand(2))
+        True
     """
     inherited = os.environ.get("XTRAIN_SEED", "0")
     chosen = (int(inherited) if inherited.isdecimal() else inherited) if seed is None else seed

@@ -67,6 +67,12 @@ class Trainer(TrainerState):
 
     Raises:
         ConfigurationError: for an argument that means nothing.
+
+    Example:
+        >>> trainer = Trainer(backend="cpu", precision="bf16-mixed", max_epochs=1, enable_progress_bar=False)
+        >>> trainer.fit(module, data)
+        >>> trainer.global_step, [opt.step_count for opt in trainer.optimizers]
+        (4, [4])
     """
 
     def __init__(
@@ -152,6 +158,12 @@ class Trainer(TrainerState):
         Raises:
             UnsupportedCombinationError: before the first batch, with all violations.
             ConfigurationError: for what the module returns or the loaders hold.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=2, enable_progress_bar=False)
+            >>> trainer.fit(module, data)  # any iterable of batches; here there are four
+            >>> trainer.global_step
+            8
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
@@ -163,19 +175,34 @@ class Trainer(TrainerState):
     def validate(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
-        """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader."""
+        """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader.
+
+        Example:
+            >>> trainer.validate(module, data)[0].keys()
+            dict_keys(['val_loss'])
+        """
         return self._evaluate("validate", model, dataloaders, datamodule)
 
     def test(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[dict[str, float]]:
-        """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader."""
+        """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader.
+
+        Example:
+            >>> trainer.test(module, data)[0].keys()
+            dict_keys(['val_loss'])
+        """
         return self._evaluate("test", model, dataloaders, datamodule)
 
     def predict(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
     ) -> list[Any]:
-        """Return what ``predict_step`` returned per batch (a list of lists for several loaders)."""
+        """Return what ``predict_step`` returned per batch (a list of lists for several loaders).
+
+        Example:
+            >>> [prediction.shape for prediction in trainer.predict(module, data[:2])]
+            [torch.Size([2, 1]), torch.Size([2, 1])]
+        """
         return self._evaluate("predict", model, dataloaders, datamodule)
 
     def _evaluate(self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any) -> list[Any]:

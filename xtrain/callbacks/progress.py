@@ -28,6 +28,9 @@ class ProgressBar(Callback):
     Args:
         refresh_seconds: time between two drawings; default: 0.1 in a terminal, else 10.
         leave: keep the bars of finished epochs on the screen.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[ProgressBar(refresh_seconds=1.0, leave=False)])
     """
 
     def __init__(self, refresh_seconds: float | None = None, leave: bool = True) -> None:

@@ -13,6 +13,17 @@ class LightningDataModule(BatchHooks):
     """Keeps the loaders of an experiment together; override what is needed.
 
     `prepare_data` runs on one process (downloads), `setup` on all.
+
+    Example:
+        >>> class Numbers(LightningDataModule):
+        ...     def setup(self, stage):
+        ...         self.rows = torch.randn(8, 3)
+        ...
+        ...     def train_dataloader(self):
+        ...         return torch.utils.data.DataLoader(self.rows, batch_size=2)
+        >>> trainer.fit(module, datamodule=Numbers())
+        >>> trainer.num_training_batches
+        4
     """
 
     trainer: Any = None

@@ -133,6 +133,13 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T | None]:
 
     It works inside and outside of a run: for what a script writes or prints. Nothing in it may talk to
     the other processes, which do not come there.
+
+    Example:
+        >>> @rank_zero_only
+        ... def announce(text):
+        ...     print(text)
+        >>> announce("written once, on however many processes")
+        written once, on however many processes
     """
 
     @wraps(function)

@@ -22,6 +22,10 @@ def as_loggers(logger: Any, root: str) -> list[Logger]:
 
     Raises:
         ConfigurationError: for anything that is no `Logger`.
+
+    Example:
+        >>> [type(logger).__name__ for logger in as_loggers(True, "logs")]
+        ['CSVLogger']
     """
     if logger is None or logger is False:
         return []

@@ -37,6 +37,15 @@ class Logger(ABC):
 
     Attributes:
         enabled: False on every rank but 0; set by the Trainer.
+
+    Example:
+        >>> class Printing(Logger):
+        ...     name, version = "printing", 0
+        ...
+        ...     def log_metrics(self, metrics, step=None):
+        ...         print(step, metrics)
+        >>> Printing().log_metrics({"loss": 0.5}, step=50)
+        50 {'loss': 0.5}
     """
 
     enabled: bool = True

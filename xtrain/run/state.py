@@ -263,15 +263,29 @@ class TrainerState:
         return own_rank() if self.run is None else self.backend.collectives.rank
 
     def barrier(self) -> None:
-        """Wait for all ranks of the run; every one must come here."""
+        """Wait for all ranks of the run; every one must come here.
+
+        Example:
+            >>> trainer.barrier()
+        """
         self.backend.collectives.barrier()
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """Return `value` (a tensor, or anything picklable) of rank `source` on every rank."""
+        """Return `value` (a tensor, or anything picklable) of rank `source` on every rank.
+
+        Example:
+            >>> trainer.broadcast({"path": "runs/7"})
+            {'path': 'runs/7'}
+        """
         return self.backend.collectives.broadcast(value, source)
 
     def print(self, *values: Any) -> None:
-        """Print on rank 0, above the progress bar if there is one."""
+        """Print on rank 0, above the progress bar if there is one.
+
+        Example:
+            >>> trainer.print("step", trainer.global_step)
+            step 4
+        """
         if self.is_global_zero:
             bars = [c.print for c in self.callbacks if isinstance(c, ProgressBar)]
             (bars[0] if bars else print)(" ".join(map(str, values)))
