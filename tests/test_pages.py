@@ -5,6 +5,7 @@ import re
 import pytest
 from pages import PAGES, README, ROOT, TABLES, blocks, execute, with_current_tables
 
+import xtrain
 from xtrain.tables import render_rules
 
 RUNNABLE = [page for page in PAGES if blocks(page, "python")]
@@ -70,6 +71,14 @@ def test_every_leg_of_the_contributing_page_exists():
     named = re.findall(r"--leg ([\w-]+)", TEXTS[ROOT / "CONTRIBUTING.md"])
     assert len(named) > 10
     assert [leg for leg in named if not any(name == leg or name.startswith(f"{leg}-") for name in LEGS)] == []
+
+
+def test_every_public_name_has_its_place_in_the_api_pages():
+    shown = "\n".join(text for page, text in TEXTS.items() if page.parent.name == "api")
+    alone = [name for name in xtrain.__all__ if f"::: xtrain.{name}\n" in f"{shown}\n"]
+    whole = {module for module in re.findall(r"^::: (\S+)$", shown, re.MULTILINE) if module not in alone}
+    homes = {name: getattr(xtrain, name).__module__ for name in xtrain.__all__ if name not in alone}
+    assert {n: home for n, home in homes.items() if not any(f"{home}.".startswith(f"{m}.") for m in whole)} == {}
 
 
 def test_every_page_is_in_the_navigation():
