@@ -53,8 +53,8 @@ def alone(tensor, op):
     raise AssertionError("nothing was to be reduced over the ranks")
 
 
-def make(every=1, all_reduce=alone):
-    log = MetricLog(Reader(), all_reduce, every)
+def make(every=1, all_reduce=alone, asynchronous=True):
+    log = MetricLog(Reader(), all_reduce, every, asynchronous)
     log.loggers = [Recorder()]
     return log
 
@@ -553,8 +553,46 @@ REFUSED = {
     "batch size": (
         "validation_step",
         lambda log: log.log("v", 1.0, batch_size=torch.tensor(2)),
-        r"an int as batch_size. Received: batch_size=tensor\(2\)",
+        r"an int as batch_size, of at least 1. Received: batch_size=tensor\(2\)",
     ),
+    **{
+        f"batch size {size}": (
+            "validation_step",
+            lambda log, s=size: log.log("v", 1.0, batch_size=s),
+            f"batch_size={size}",
+        )
+        for size in (0, -1, True, 2.0)
+    },
+    "name of the x-axis": (
+        "training_step",
+        lambda log: log.log("step", 1.0),
+        r"than 'step' or 'epoch'.*self.log\('my_step'",
+    ),
+    "name of the epochs": ("on_train_epoch_end", lambda log: log.log("epoch", 1.0), r"self.log\('my_epoch'"),
+    "empty name": ("training_step", lambda log: log.log("", 1.0), r"a str as the name of a metric. Received: ''"),
+    **{
+        f"{switch} that is no switch": (
+            "training_step",
+            lambda log, s=switch, v=value: log.log("v", 1.0, **{s: v}),
+            rf"True or False as {switch}. Received: {switch}={value!r}",
+        )
+        for switch, value in {
+            "on_step": "no",
+            "on_epoch": 1,
+            "sync_dist": "x",
+            "prog_bar": None,
+            "logger": None,
+            "rank_zero_only": "no",
+        }.items()
+    },
+    "misspelt option": (
+        "training_step",
+        lambda log: log.log("v", 1.0, onstep=True),
+        r"Received: onstep.\nFix:.*on_step=",
+    ),
+    "list": ("training_step", lambda log: log.log_dict([1.0]), r"metrics by name. Received: \[1.0\] \(list\)"),
+    "no dict": ("training_step", lambda log: log.log_dict(None), r"metrics by name. Received: None"),
+    "huge int": ("training_step", lambda log: log.log("v", 10**400), r"that fits a float"),
     "hook": ("on_fit_start", lambda log: log.log("v", 1.0), r"self.log\('v', ...\) in on_fit_start"),
     "changed settings": (
         "training_step",
@@ -582,6 +620,32 @@ def test_a_bad_value_after_a_good_one_is_refused(training):
         training.log("v", torch.zeros(2))
     training.flush(1, 0)
     assert rows(training) == [(1, {"epoch": 0, "v": 1.0})]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_complex_value_after_a_real_one_is_refused(asynchronous):
+    log = make(asynchronous=asynchronous)
+    with log.stage("train"):
+        log.hook("training_step")
+        log.log("v", torch.tensor(1.0))
+        with pytest.raises(ConfigurationError, match="complex64"):
+            log.log("v", torch.tensor(1j))
+
+
+@pytest.mark.parametrize("result", ["text", torch.zeros(2), None])
+def test_a_reduction_that_returns_no_number_is_refused(training, result):
+    training.log("v", 1.0, on_step=False, on_epoch=True, reduce_fx=lambda values: result)
+    with pytest.raises(ConfigurationError, match="one real number as the value of 'v'"):
+        training.reduce_epoch()
+
+
+def test_an_empty_tensor_in_a_batch_gives_no_weight(training):
+    training.set_batch({"masks": torch.zeros(0, 3), "x": torch.zeros(4, 3)})
+    training.log("v", 3.0, on_step=False, on_epoch=True)
+    training.set_batch(torch.zeros(0))
+    training.log("v", 8.0, on_step=False, on_epoch=True)
+    training.reduce_epoch()
+    assert training.callback_metrics["v"] == (4 * 3.0 + 8.0) / 5
 
 
 def test_logging_outside_of_the_loop_is_refused():

@@ -19,19 +19,16 @@ import torch
 from torch import Tensor
 
 from xtrain.errors import ConfigurationError, explain
-from xtrain.metrics.metric import (
-    INNER_HOOKS,
-    Metric,
+from xtrain.metrics.checks import (
     Settings,
-    TensorView,
+    as_number,
     check_value,
     check_weight,
-    is_torchmetric,
-    new_metric,
+    refuse_call,
     refuse_change,
     refuse_twin,
-    snapshot,
 )
+from xtrain.metrics.metric import INNER_HOOKS, Metric, TensorView, is_torchmetric, new_metric, snapshot
 from xtrain.tensors import tensors_in
 
 if TYPE_CHECKING:
@@ -163,6 +160,7 @@ class MetricLog:
         add_dataloader_idx: bool = True,
         rank_zero_only: bool = False,
         metric_attribute: str | None = None,
+        **unknown: Any,
     ) -> None:
         """Remember values. Neither waits for the device nor gives it work.
 
@@ -180,23 +178,25 @@ class MetricLog:
             add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
             rank_zero_only: it is logged on rank 0 only, so it is never reduced over the ranks.
             metric_attribute: taken as in Lightning, not needed.
+            **unknown: refused, with the option that was meant.
 
         Raises:
             ConfigurationError: for a value, a hook or settings that cannot be logged.
         """
         settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
+        if unknown or not hasattr(values, "items"):
+            refuse_call(values, unknown)
         for name, value in values.items():
             metric = self._stage.scope.get(name)
             if metric is None or metric.settings != settings:
                 metric = self._register(name, value, settings, metric)
-            if isinstance(value, Tensor) and value.numel() == 1:
+            if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
                 value = snapshot(value) if self._asynchronous else float(value.item())
             elif type(value) is not float:
                 if is_torchmetric(value):
                     metric.take_source(value)
                     continue
-                check_value(name, value)
-                value = float(value)
+                value = as_number(name, value)
             metric.latest, metric.fresh = value, True
             if metric.on_epoch:
                 metric.waiting.append(value)
@@ -205,7 +205,7 @@ class MetricLog:
     def _weight(self) -> int:
         stage = self._stage
         if stage.batch_size is None:
-            stage.batch_size = next((tensor.size(0) for tensor in tensors_in(stage.batch) if tensor.dim()), 1)
+            stage.batch_size = next((t.size(0) for t in tensors_in(stage.batch) if t.dim() and t.size(0)), 1)
         return stage.batch_size
 
     def _register(self, name: str, value: Any, settings: Settings, known: Metric | None) -> Metric:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from xtrain.errors import ConfigurationError, explain
+from xtrain.metrics.checks import Settings, check_name, check_switches, check_value
 
 if TYPE_CHECKING:
     from xtrain.collectives import ReduceOp
-
-# prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
-Settings: TypeAlias = tuple[bool, bool, bool | None, bool | None, str | Callable[..., Any], bool, bool, bool]
 
 _STEP_HOOKS = frozenset({"training_step", "on_train_batch_start", "on_train_batch_end"})
 _EVALUATION_HOOKS = frozenset(
@@ -109,7 +106,7 @@ class Metric:
 
     def reduce(self) -> float:
         """Return the value of the epoch on this rank."""
-        return self.read[0] if isinstance(self.op, str) else float(self.op(torch.tensor(self.read)))
+        return self.read[0] if isinstance(self.op, str) else _applied(self.name, self.op, torch.tensor(self.read))
 
     def take_source(self, source: Any) -> None:
         """Remember a torchmetrics object, and what its forward returned in this step.
@@ -148,7 +145,8 @@ def new_metric(name: str, stage: str, hook: str, dataloader: int | None, setting
         ConfigurationError: if nothing may be logged in `hook`, or not with these settings.
     """
     prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only = settings
-    _check_name(name, add_dataloader_idx)
+    check_name(name, add_dataloader_idx)
+    check_switches(name, settings)
     if stage == "idle" or hook not in _STEP_HOOKS | _EVALUATION_HOOKS | _EPOCH_HOOKS:
         where = f"in {hook}" if hook else "outside of the hooks of fit, validate and test"
         expected = "self.log in a hook of a training, validation or test epoch, such as training_step"
@@ -174,21 +172,6 @@ def new_metric(name: str, stage: str, hook: str, dataloader: int | None, setting
     )
 
 
-def _check_name(name: Any, add_dataloader_idx: bool) -> None:
-    if not isinstance(name, str):
-        raise ConfigurationError(
-            explain("a str as the name of a metric", f"{name!r} ({type(name).__name__})", "self.log('loss', loss)")
-        )
-    if add_dataloader_idx and "/dataloader_idx_" in name:
-        raise ConfigurationError(
-            explain(
-                "a name without '/dataloader_idx_', which is added for you",
-                repr(name),
-                "self.log('loss', loss), or self.log(..., add_dataloader_idx=False)",
-            )
-        )
-
-
 def _check_levels(name: str, hook: str, on_step: bool, on_epoch: bool) -> None:
     received = f"self.log({name!r}, ..., on_step={on_step}, on_epoch={on_epoch}) in {hook}"
     if hook in _EPOCH_HOOKS and (on_step or not on_epoch):
@@ -210,43 +193,6 @@ def _check_reduction(name: str, reduce_fx: Any, sync_dist: bool) -> ReduceOp | C
     raise ConfigurationError(explain(expected, received, f"self.log({name!r}, value, reduce_fx='mean')"))
 
 
-def refuse_change(name: str, known: Settings, settings: Settings) -> NoReturn:
-    """Raise the ConfigurationError of a metric that is logged with other settings than before."""
-    names = [
-        "prog_bar",
-        "logger",
-        "on_step",
-        "on_epoch",
-        "reduce_fx",
-        "sync_dist",
-        "add_dataloader_idx",
-        "rank_zero_only",
-    ]
-    pairs = zip(names, known, settings, strict=True)
-    changed = "; ".join(f"{key}={new!r} after {key}={old!r}" for key, old, new in pairs if old != new)
-    expected = f"the same settings each time {name!r} is logged in this hook"
-    raise ConfigurationError(explain(expected, changed, f"self.log('{name}_2', ...), a name of its own"))
-
-
-def refuse_twin(name: str, loader: int | None, other: int | None) -> NoReturn:
-    """Raise the ConfigurationError of two evaluation loaders that log under one name."""
-    expected = "a name per evaluation loader where add_dataloader_idx=False"
-    fix = f"self.log(f'{name}_{{dataloader_idx}}', value, add_dataloader_idx=False)"
-    raise ConfigurationError(explain(expected, f"{name!r} from loader {loader} and loader {other}", fix))
-
-
-def check_weight(batch_size: Any) -> int:
-    """Return `batch_size`.
-
-    Raises:
-        ConfigurationError: unless it is an int; reading a tensor would wait for the device.
-    """
-    if isinstance(batch_size, int):
-        return batch_size
-    received = f"batch_size={batch_size!r} ({type(batch_size).__name__})"
-    raise ConfigurationError(explain("an int as batch_size", received, "self.log(..., batch_size=len(x))"))
-
-
 def snapshot(value: Tensor) -> Tensor:
     """Return `value` without its graph, safe from later changes in place.
 
@@ -261,23 +207,10 @@ def snapshot(value: Tensor) -> Tensor:
     return value.clone() if lasting else value
 
 
-def check_value(name: str, value: Any) -> None:
-    """Raise a ConfigurationError unless `value` is a real number, given as a tensor or otherwise.
-
-    Raises:
-        ConfigurationError: says which shape or type came.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() == 1 and not value.is_complex():
-            return
-        received = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-        fix = f"self.log({name!r}, value.mean())"
-    else:
-        if isinstance(value, numbers.Real):
-            return
-        received = f"{value!r} ({type(value).__name__})"
-        fix = f"self.log_dict({{...}}) for several values, self.log({name!r}, float(value)) for one"
-    raise ConfigurationError(explain(f"one real number as the value of {name!r}", received, fix))
+def _applied(name: str, function: Callable[[Tensor], Any], values: Tensor) -> float:
+    result = function(values)
+    check_value(name, result)
+    return float(result)
 
 
 def is_torchmetric(value: Any) -> bool:
