@@ -221,3 +221,35 @@ def test_every_hook_does_nothing_and_says_when_it_runs():
         result = getattr(callback, name)(*[None for p in parameters if p.default is p.empty])
         assert result is None
         assert method.__doc__
+
+
+class Gone(Terminal):
+    """A terminal that is closed after some writes."""
+
+    def __init__(self, writes, error):
+        super().__init__()
+        self.left, self.error = writes, error
+
+    def write(self, text):
+        if self.left == 0:
+            raise self.error
+        self.left -= 1
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error"), ValueError("closed file")])
+@pytest.mark.parametrize("writes", [0, 2, 5])
+def test_a_terminal_that_goes_away_takes_no_training_with_it(monkeypatch, writes, error):
+    monkeypatch.setattr("sys.stderr", Gone(writes, error))
+    trainer = Trainer("cpu", max_epochs=2, callbacks=ProgressBar(refresh_seconds=0.0))
+    trainer.fit(Regression(), [torch.ones(1, 2)] * 3, [torch.ones(1, 2)] * 2)
+    assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("missing", ["sys.stderr", "sys.stdout"])
+def test_without_stderr_or_stdout_nothing_is_shown(monkeypatch, missing):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setattr(missing, None)
+    trainer = Trainer("cpu", max_epochs=1)
+    trainer.fit(Regression(), [torch.ones(1, 2)] * 3)
+    assert trainer.global_step == 3

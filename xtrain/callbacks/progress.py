@@ -6,7 +6,8 @@ import io
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xtrain.callbacks.base import Callback
@@ -41,7 +42,7 @@ class ProgressBar(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Find out whether this process shows anything."""
-        self._shown = trainer.is_global_zero
+        self._shown = trainer.is_global_zero and sys.stderr is not None  # pythonw and some services have none
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Leave the terminal in order, also after an exception."""
@@ -50,7 +51,7 @@ class ProgressBar(Callback):
 
     def print(self, text: str) -> None:
         """Write `text` to stdout, above the bars."""
-        if not self._bars:
+        if not self._bars or sys.stdout is None:
             print(text)
             return
         from tqdm import tqdm
@@ -60,18 +61,30 @@ class ProgressBar(Callback):
     def _open(self, description: str, total: int | float | None = None, leave: bool = True) -> None:
         if self._shown:
             known = None if total is None or math.isinf(total) else int(total)
-            self._bars.append(_Bar(description, known, self._seconds, leave and self._leave))
+            with self._while_it_works():
+                self._bars.append(_Bar(description, known, self._seconds, leave and self._leave))
+
+    @contextmanager
+    def _while_it_works(self) -> Iterator[None]:
+        """Show nothing from now on if stderr has gone: no training ends because its terminal was closed."""
+        try:
+            yield
+        except (OSError, ValueError):  # the pipe is broken, or the file is closed
+            self._shown = False
+            self._bars.clear()
 
     def _advance(self, trainer: Trainer) -> None:
         if self._bars:
             bar = self._bars[-1]
             bar.done += 1
             if time.monotonic() >= bar.due:
-                bar.draw(trainer.progress_bar_metrics)
+                with self._while_it_works():
+                    bar.draw(trainer.progress_bar_metrics)
 
     def _close(self, trainer: Trainer) -> None:
         if self._bars:
-            self._bars.pop().close(trainer.progress_bar_metrics)
+            with self._while_it_works():
+                self._bars.pop().close(trainer.progress_bar_metrics)
 
     # ---------------------------------------------------------------- when
 
