@@ -122,6 +122,8 @@ CONFORMANCE = (
     Conformance("light", "cpu", 1, "tests/backends/test_cpu.py", _MIXED),
     Conformance("light", "cpu", 2, "tests/backends/test_cpu_two_processes.py", _MIXED),
     Conformance("light", "cuda-logic-on-cpu", 1, "tests/backends/test_cuda.py", (*_MIXED, "16-true")),
+    Conformance("light", "fsdp", 1, "tests/backends/test_fsdp.py", _MIXED),
+    Conformance("light", "fsdp", 2, "tests/backends/test_fsdp_two_processes.py", _MIXED),
     Conformance("full", "tpu", 1, "tests/backends/test_tpu.py", ("32-true", "bf16-mixed", "bf16-true"), _XLA),
     Conformance("full", "deepspeed", 1, "tests/backends/test_deepspeed.py", _MIXED, _DEEPSPEED),
 )

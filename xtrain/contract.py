@@ -213,9 +213,17 @@ class Backend(ABC):
         """Return how many numbers the whole `parameter` has."""
         return parameter.numel()
 
+    def leaves_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
+        """Return the tensors into which autograd adds the gradients of `optimizer`."""
+        return self.parameters_of(optimizer)
+
     def has_gradients(self, optimizer: OptimizerHandle) -> bool:
         """Return whether any parameter of `optimizer` has a gradient."""
         return any(p.grad is not None for p in self.parameters_of(optimizer))
+
+    def gradient_versions(self, optimizer: OptimizerHandle) -> list[Any]:
+        """Return, for each gradient of `optimizer`, what changes when something is added to it."""
+        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.parameters_of(optimizer)]
 
     def unseen_gradient(self) -> str | None:
         """Return what a gradient misses when ``loss.backward()`` is called directly, or None."""

@@ -81,7 +81,7 @@ class GradientLife:
         self._check_loss(loss, has_gradient_argument)
         for hook in self.hooks["on_before_backward"]:
             hook(loss)
-        finalized = [(o, o.gradient_versions()) for o in self.optimizers if o.phase is Phase.FINALIZED]
+        finalized = [(o, self.backend.gradient_versions(o)) for o in self.optimizers if o.phase is Phase.FINALIZED]
         self.in_backward = True
         try:
             yield
@@ -92,7 +92,7 @@ class GradientLife:
         finally:
             self.in_backward = False
         for optimizer, versions in finalized:
-            if optimizer.gradient_versions() != versions:
+            if self.backend.gradient_versions(optimizer) != versions:
                 raise ProtocolError(BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
         for optimizer in self.toggles.active[-1:] or self.optimizers:
             if optimizer.phase is not Phase.FINALIZED:
@@ -217,7 +217,7 @@ class LightningOptimizer:
         for hook in self._life.hooks["on_before_zero_grad"]:
             hook(self.optimizer)
         self._backend.zero_grad(self, set_to_none)
-        self._zeros = None if set_to_none else self.gradient_versions()
+        self._zeros = None if set_to_none else self._backend.gradient_versions(self)
         self.phase = Phase.EMPTY
 
     def clip_gradients(self, value: float, algorithm: Literal["norm", "value"] = "norm") -> Tensor:
@@ -320,14 +320,18 @@ class LightningOptimizer:
             return
         if self.phase is not Phase.ACCUMULATED:
             self._accept_unseen_gradients()
-        self._backend.finalize_gradients(self)
+        self._life.in_backward = True  # a backend may make gradients here, too
+        try:
+            self._backend.finalize_gradients(self)
+        finally:
+            self._life.in_backward = False
         if not self._backend.has_gradients(self):
             raise ProtocolError(NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
         self.phase = Phase.FINALIZED
 
     def _accept_unseen_gradients(self) -> None:
         """Let gradients pass that no ``manual_backward`` made, if nothing is lost by that here."""
-        only_zeros = self._zeros is not None and self._zeros == self.gradient_versions()
+        only_zeros = self._zeros is not None and self._zeros == self._backend.gradient_versions(self)
         if self.phase is Phase.STEPPED or only_zeros or not self._backend.has_gradients(self):
             raise ProtocolError(NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
         lost = self._backend.unseen_gradient()
@@ -349,13 +353,9 @@ class LightningOptimizer:
 
         yield self.optimizer.register_step_pre_hook(refuse_step)
         # One parameter stands for all: a hook on each would cost a Python call per gradient.
-        first = next((p for p in self.parameters if p.requires_grad and p.is_leaf), None)
+        first = next((p for p in self._backend.leaves_of(self) if p.requires_grad and p.is_leaf), None)
         if first is not None:
             yield first.register_post_accumulate_grad_hook(refuse_backward)
-
-    def gradient_versions(self) -> list[Any]:
-        """Return what changes when a backward adds to a gradient."""
-        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.parameters]
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:

@@ -26,6 +26,7 @@ class LossScaler:
 
     Args:
         device_type: where the gradients are, ``"cuda"`` or ``"cpu"``.
+        holders_of: returns objects whose ``grad`` is a gradient of an optimizer; default: its parameters.
         **options: those of `torch.amp.GradScaler`: ``init_scale`` (65536), ``growth_factor`` (2),
             ``backoff_factor`` (0.5), ``growth_interval`` (2000 training steps).
 
@@ -33,7 +34,12 @@ class LossScaler:
         ConfigurationError: for an unknown option or a value that means nothing.
     """
 
-    def __init__(self, device_type: str, **options: Any) -> None:
+    def __init__(
+        self,
+        device_type: str,
+        holders_of: Callable[[OptimizerHandle], Iterable[Any]] = lambda optimizer: optimizer.parameters,
+        **options: Any,
+    ) -> None:
         values = {"init_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
         unknown = sorted(options.keys() - values.keys())
         if unknown:
@@ -49,6 +55,7 @@ class LossScaler:
         self.current_scale = float(values["init_scale"])  # on the host: the overflow flag is read at every step anyway
         self._good_steps = 0
         self._stepped = self._overflowed = False
+        self._holders_of = holders_of
         self._unscaled: dict[OptimizerHandle, list[Tensor]] = {}  # with what says whether they overflowed
 
     def begin(self) -> None:
@@ -63,17 +70,23 @@ class LossScaler:
         """Give what is left from an earlier step its scale back, before scaled gradients are added to it."""
         for optimizer in optimizers:
             if optimizer in self._unscaled and optimizer.phase is Phase.STEPPED:
-                rescale_gradients(optimizer.parameters, self.current_scale)
+                rescale_gradients(self._holders_of(optimizer), self.current_scale)
                 self.forget(optimizer)
 
-    def unscale(self, optimizer: OptimizerHandle) -> None:
-        """Divide the gradients of `optimizer` by the scale, in place, and note whether one is not finite."""
+    def unscale(self, optimizer: OptimizerHandle) -> list[Tensor]:
+        """Divide the gradients of `optimizer` by the scale, in place, and note whether one is not finite.
+
+        Returns:
+            What is noted, 0 or 1 per device and dtype; a backend that holds parts of gradients puts in what
+            the other ranks found.
+        """
         inverse, found = 1.0 / self._scale.double(), []
-        for gradients in _by_kind(optimizer.parameters):
+        for gradients in _by_kind(self._holders_of(optimizer)):
             found.append(torch.zeros((), device=gradients[0].device))
             on_device = inverse.to(gradients[0].device, torch.float32)
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found[-1], on_device)
         self._unscaled[optimizer] = found
+        return found
 
     def may_step(self, optimizer: OptimizerHandle) -> bool:
         """Return whether the unscaled gradients of `optimizer` are finite, which it is to step on.
@@ -116,7 +129,7 @@ class LossScaler:
             self._set_scale(self.current_scale * ratio)
             for optimizer in optimizers:
                 if optimizer not in self._unscaled:
-                    rescale_gradients(optimizer.parameters, ratio)
+                    rescale_gradients(self._holders_of(optimizer), ratio)
 
     def _set_scale(self, scale: float) -> None:
         self.current_scale = scale
@@ -148,7 +161,7 @@ def _wrong_options(expected: str, received: str) -> ConfigurationError:
     return ConfigurationError(explain(expected, received, fix))
 
 
-def _by_kind(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+def _by_kind(parameters: Iterable[Any]) -> Iterable[list[Tensor]]:
     """Return the gradients in lists of one device and dtype; of sparse ones their values, each index once."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
@@ -161,7 +174,7 @@ def _by_kind(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     return kinds.values()
 
 
-def rescale_gradients(parameters: Iterable[Tensor], ratio: float) -> None:
+def rescale_gradients(parameters: Iterable[Any], ratio: float) -> None:
     """Multiply the existing gradients of `parameters` by `ratio`, in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients and ratio != 1.0:

@@ -18,7 +18,6 @@ _NONE, _DENSE, _SPARSE = 0, 1, 2
 _LARGE = 2**18  # bytes: from here on, a copy into a buffer costs more than a reduction of its own
 
 
-@torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor], position: int, width: int) -> None:
     """Make each gradient its mean over the ranks; where some ranks have none, theirs counts as zero.
 
@@ -30,7 +29,17 @@ def average_gradients(parameters: Sequence[Tensor], position: int, width: int) -
     Raises:
         ProtocolError: if the ranks step different optimizers.
     """
-    states = _agree([_state_of(p) for p in parameters], position, width)
+    average(parameters, agree([state_of(p) for p in parameters], position, width))
+
+
+@torch.no_grad()
+def average(parameters: Sequence[Tensor], states: Sequence[int]) -> None:
+    """Make each gradient its mean over the ranks.
+
+    Args:
+        parameters: in the same order on every rank.
+        states: of each, what `agree` made of `state_of`: the same on every rank.
+    """
     world = dist.get_world_size()
     dense: list[Tensor] = []
     for parameter, state in zip(parameters, states, strict=True):
@@ -44,14 +53,14 @@ def average_gradients(parameters: Sequence[Tensor], position: int, width: int) -
         _average_dense(dense, world)
 
 
-def _state_of(parameter: Tensor) -> int:
+def state_of(parameter: Tensor) -> int:
     """Return whether `parameter` has no gradient here, a dense or a sparse one."""
     if parameter.grad is None:
         return _NONE
     return _SPARSE if parameter.grad.is_sparse else _DENSE
 
 
-def _agree(facts: list[int], position: int, width: int) -> list[int]:
+def agree(facts: list[int], position: int, width: int) -> list[int]:
     """Return the largest over the ranks of each of `facts`, bytes about the optimizer at `position`.
 
     Args:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xtrain.contract import OptimizerHandle
 from xtrain.rules import reevaluates_closure
+from xtrain.scaler import LossScaler
 from xtrain.tensors import move_module
 
 from .averaging import average_gradients
@@ -77,11 +78,21 @@ class EagerBackend(ScalingBackend):
             loss.backward(*args, **kwargs)
 
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
-        if self._replicated:  # an overflow on one rank is one on all of them after this
-            position = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-            average_gradients(optimizer.parameters, position, self._width)
+        self.average_gradients(optimizer)
         if self.scaler is not None:
-            self.scaler.unscale(optimizer)
+            self.unscale_gradients(self.scaler, optimizer)
+
+    def average_gradients(self, optimizer: OptimizerHandle) -> None:
+        """Average the gradients of `optimizer` over the processes; an overflow on one is one on all after this."""
+        if self._replicated:
+            average_gradients(optimizer.parameters, self._position(optimizer), self._width)
+
+    def _position(self, optimizer: OptimizerHandle) -> int:
+        return next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+
+    def unscale_gradients(self, scaler: LossScaler, optimizer: OptimizerHandle) -> None:
+        """Take the loss scale off averaged gradients, and note whether they are finite."""
+        scaler.unscale(optimizer)
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         if algorithm == "norm":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from xtrain.contract import Backend
+from xtrain.contract import Backend, OptimizerHandle
 from xtrain.scaler import LossScaler
 
 
@@ -22,7 +23,11 @@ class ScalingBackend(Backend):
         if self.scaler is not None:
             self.scaler.begin()
         elif self.precision.loss_scaling:
-            self.scaler = LossScaler(self.device.type, **(self.scaler_kwargs or {}))
+            self.scaler = LossScaler(self.device.type, self.scaled_gradients, **(self.scaler_kwargs or {}))
+
+    def scaled_gradients(self, optimizer: OptimizerHandle) -> Iterable[Any]:
+        """Return objects whose ``grad`` is a gradient of `optimizer`: parameters, where gradients are there."""
+        return optimizer.parameters
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}

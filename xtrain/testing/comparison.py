@@ -144,7 +144,8 @@ def outcome_of(owner: Recorder | Plain, run: Trainer | Plain) -> Outcome:
     counts = run.step_count if isinstance(run, Plain) else [opt.step_count for opt in run.optimizers]
     full_parameters = nullcontext() if isinstance(run, Plain) else run.backend.full_parameters(owner)
     facts = {"global_step": [float(run.global_step)], "step_count": _numbers(counts)}
-    facts |= {name: _numbers(values) for name, values in owner.notes.items()}
+    notes = owner.notes if isinstance(run, Plain) else run.backend.to_cpu(owner.notes)
+    facts |= {name: _numbers(values) for name, values in notes.items()}
     with full_parameters:
         networks = {k: v.detach().cpu().clone() for k, v in owner.state_dict().items() if k.startswith(_COMPARED)}
     return Outcome(networks, facts)

@@ -1,0 +1,309 @@
+"""The ``fsdp`` backend: parameters, gradients and optimizer state in shards, by PyTorch's FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+from xtrain.contract import Capabilities, OptimizerHandle, Phase
+from xtrain.errors import ConfigurationError, explain
+from xtrain.launch.join import current_launch
+from xtrain.rules import reevaluates_closure
+from xtrain.scaler import LossScaler
+from xtrain.tensors import map_tensors
+
+from ..eager.averaging import agree, average, state_of
+from ..eager.backend import EagerBackend
+from ..eager.process_group import join_processes
+from ..eager.replicas import check_module
+from .gradients import Part, clip, split, total_norm
+from .groups import LayerGroup, ShardedParameter, local, missing_names
+from .mesh import make_mesh, read_mesh
+from .options import check_choice, read_mixed
+from .policy import Policy, check_policy
+from .rules import RULES, mixes
+from .sharding import ShardedModule
+from .whole import WholeStep
+
+
+@final
+class FSDP(EagerBackend):
+    """Trains models that one device cannot hold: each network of the module in shards, layer by layer.
+
+    Gradients stay whole and local until they are clipped or stepped; then they are reduced once.
+
+    Args:
+        reduce: ``"finalize"``, or ``"backward"``, where FSDP2 reduces in every backward, overlapped with it:
+            less memory for gradients, but no gradient of a gradient.
+        shard: what is gathered together: ``"layers"``, the items of each network's lists and sequences
+            (its children, where it has none); ``"children"``, each child network of the module as one;
+            or a function of name and module that says what is a group.
+        mesh: ``{"data": n, "fsdp": m}``, parameters in m shards, n times; ``{"data": n}`` shards nothing.
+        replicate: the n of the mesh alone: hybrid sharding.
+        offload: ``"cpu"`` keeps shards, and optimizer state, in the memory of the host.
+        mixed: dtypes by use, ``{"param": "bfloat16", "reduce": "float32"}``; in place of autocast.
+        methods: what uses a network's parameters beside its forward: ``["vae.encode", "vae.decode"]``.
+        device: ``"cpu"`` rehearses on a machine with GPUs; default: the GPU of this process, if there is one.
+        broadcast_start: see `EagerBackend`.
+        timeout: likewise.
+
+    Raises:
+        ConfigurationError: for an option that means nothing.
+    """
+
+    name = "fsdp"
+    capabilities = Capabilities(
+        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
+        multi_process=True,
+        inference_mode=False,  # whole parameters are made once, and those made there could never train
+    )
+    rules = RULES
+
+    def __init__(
+        self,
+        reduce: Literal["finalize", "backward"] = "finalize",
+        shard: Policy = "layers",
+        mesh: Mapping[str, int] | None = None,
+        replicate: int | None = None,
+        offload: str | None = None,
+        mixed: Mapping[str, str | torch.dtype] | None = None,
+        methods: Sequence[str] = (),
+        device: str | None = None,
+        broadcast_start: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        super().__init__(broadcast_start, timeout)
+        check_choice("reduce", reduce, ("finalize", "backward"))
+        check_choice("offload", offload, (None, "cpu"))
+        check_choice("device", device, (None, "cpu", "cuda"))
+        check_policy(shard)
+        self.reduce, self.shard, self.methods = reduce, shard, tuple(methods)
+        self.axes, self.mixed = read_mesh(mesh, replicate), read_mixed(mixed)
+        self.offload, self._wanted_device = offload, device
+        self._sharded: ShardedModule | None = None
+        self._whole_steps: dict[OptimizerHandle, WholeStep] = {}
+        self._held: list[LayerGroup] = []  # what a gradient of a gradient may still ask for
+
+    # ---------------------------------------------------------------- start-up
+
+    @classmethod
+    def available(cls) -> str | None:
+        missing = missing_names()
+        if missing:
+            return f"torch {torch.__version__} lacks {', '.join(missing)}; pip install 'torch>=2.9,<2.14'"
+        return None
+
+    def launch(self) -> None:
+        if self.mixed and self.precision.name != "32-true":
+            received = f"mixed={self.mixed} and precision={self.precision.name!r}, which casts the same tensors"
+            fix = "Trainer(precision='32-true', backend=FSDP(mixed=...)), or the precision alone"
+            raise ConfigurationError(explain("one policy of dtypes", received, fix))
+        on_gpu = self._wanted_device == "cuda" or (self._wanted_device is None and torch.cuda.is_available())
+        self.device = torch.device("cuda", current_launch().local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        kind: Literal["gloo", "nccl"] = "nccl" if on_gpu else "gloo"
+        self.collectives = join_processes(kind, self.device, devices=self.devices, always=True, timeout=self.timeout)
+        self._replicated = self.collectives.world_size > 1
+
+    def setup_module(self, module: nn.Module) -> None:
+        if self._replicated:
+            check_module(module, self.collectives, self.broadcast_start)
+        dtype = self.precision.parameter_dtype
+        if dtype is not None:
+            module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        mesh = make_mesh(self.axes, self.device.type, self.collectives.world_size)
+        self._ranks = mesh.get_group("fsdp")
+        pinned = self.device.type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload == "cpu" else OffloadPolicy()
+        mixed = MixedPrecisionPolicy(**self.mixed)
+        self._sharded = ShardedModule(module, mesh, self.device, self.shard, mixed, offload, self.methods)
+        self._watch_forwards(self._sharded)
+
+    def _watch_forwards(self, sharded: ShardedModule) -> None:
+        """Leave gathered what an earlier gradient of this step may be differentiated through again."""
+        for group in sharded.groups:
+            if self.reduce == "finalize":
+                group.before_forward(self._hold)
+
+    def _hold(self, group: LayerGroup) -> None:
+        group.follow_toggles()
+        group.stay_gathered(True)
+        self._held.append(group)
+
+    def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
+        super().setup_optimizers(module, optimizers)
+        for optimizer in optimizers:
+            if mixes(optimizer.optimizer):  # one call for parameters of both kinds would fail
+                for group in optimizer.optimizer.param_groups:
+                    group.update({"foreach": False} if "foreach" in group else {})
+        widths = [len(self._reduced_with(o)) + len(self._plain(o)) for o in optimizers]
+        self._width = max(widths, default=0)
+
+    def teardown(self) -> None:
+        if self._sharded is not None:
+            self._sharded.restore([o.optimizer for o in self._optimizers])
+        self._sharded, self._held, self._whole_steps = None, [], {}
+
+    # ---------------------------------------------------------------- the life of a gradient
+
+    def _in_shards(self, optimizer: OptimizerHandle) -> list[tuple[LayerGroup, ShardedParameter]]:
+        known = {} if self._sharded is None else self._sharded.by_shard
+        return [known[p] for p in optimizer.parameters if p in known]
+
+    def _plain(self, optimizer: OptimizerHandle) -> list[Tensor]:
+        known = {} if self._sharded is None else self._sharded.by_shard
+        return [p for p in optimizer.parameters if p not in known]
+
+    def _reduced_with(self, optimizer: OptimizerHandle) -> list[tuple[LayerGroup, ShardedParameter]]:
+        """Return what is reduced when `optimizer` is finalized: its groups, also what others train of them.
+
+        Left out is what another optimizer has finalized already, or what nobody trains.
+        """
+        groups = dict.fromkeys(group for group, _ in self._in_shards(optimizer))
+        trained = {
+            p for o in self._optimizers if o is optimizer or o.phase is not Phase.FINALIZED for p in o.parameters
+        }
+        return [(group, p) for group in groups for p in group.parameters if p.sharded in trained]
+
+    def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
+        super().zero_grad(optimizer, set_to_none)
+        for _, parameter in self._in_shards(optimizer):
+            if set_to_none:
+                parameter.take_local_gradient()
+            else:
+                parameter.zero_local_gradient()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if "inputs" in kwargs:
+            kwargs["inputs"] = self._leaves(_listed(kwargs["inputs"]))
+        names = ("retain_graph", "create_graph")
+        retain, create = (bool(kwargs.get(name) or (args[i : i + 1] or [False])[0]) for i, name in enumerate(names, 1))
+        for _, parameter in [] if self._sharded is None else self._sharded.by_shard.values():
+            parameter.pass_on_hooks()
+        groups = [] if self._sharded is None or self.reduce == "backward" else self._sharded.groups
+        for group in groups:
+            group.keep_local(free_in_backward=not (create or group.gathered))
+        super().backward(loss, *args, **kwargs)
+        if create:
+            return
+        if not retain:
+            self._release_held()
+        for group in groups:
+            if group not in self._held:
+                group.release()
+
+    def _release_held(self) -> None:
+        for group in self._held:
+            group.stay_gathered(False)
+        self._held = []
+
+    def _leaves(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        known = {} if self._sharded is None else self._sharded.by_shard
+        return [known[p][1].whole if p in known else p for p in parameters]
+
+    def leaves_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
+        return self._leaves(optimizer.parameters)
+
+    def average_gradients(self, optimizer: OptimizerHandle) -> None:
+        reduced = [] if self.reduce == "backward" else self._reduced_with(optimizer)
+        plain = self._plain(optimizer)
+        facts = [int(p.local_gradient is not None) for _, p in reduced] + [state_of(p) for p in plain]
+        if self._replicated:
+            facts = agree(facts, self._position(optimizer), self._width)
+            average(plain, facts[len(reduced) :])
+        wanted: dict[LayerGroup, list[ShardedParameter]] = {}
+        for (group, parameter), exists in zip(reduced, facts, strict=False):
+            if exists:
+                parameter.prepare_reduction()
+                wanted.setdefault(group, []).append(parameter)
+        ends = [group.start_reduction(parameters) for group, parameters in reversed(wanted.items())]
+        for end in ends:
+            end()
+
+    def unscale_gradients(self, scaler: LossScaler, optimizer: OptimizerHandle) -> None:
+        found = scaler.unscale(optimizer)
+        if not found:  # on no rank: they agreed on which gradients there are
+            return
+        everywhere = self.collectives.all_reduce(torch.stack([flag.cpu() for flag in found]).max(), "max")
+        found[:] = [everywhere]
+
+    def scaled_gradients(self, optimizer: OptimizerHandle) -> Iterable[Any]:
+        known = {} if self._sharded is None else self._sharded.by_shard
+        for parameter in optimizer.parameters:
+            own = known[parameter][1].local_gradient if parameter in known else None
+            if own is not None:
+                yield Part(own)
+            if parameter in known and parameter.grad is not None:
+                yield Part(local(parameter.grad))
+            elif parameter.grad is not None:
+                yield parameter
+
+    def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
+        parts, whole = split(optimizer.parameters)
+        norm = total_norm(parts, whole, self._ranks, self.device)
+        clip([*parts, *whole], norm, value, algorithm)
+        return norm
+
+    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+        if closure is None or not reevaluates_closure(optimizer.optimizer):
+            done = super().step(optimizer, closure)
+        else:
+            done = self._whole_step(optimizer).run(
+                lambda evaluate: super(FSDP, self).step(optimizer, evaluate), closure
+            )
+        self._release_held()
+        for group, parameter in self._in_shards(optimizer):
+            group.release()
+            parameter.note_step()
+        return done
+
+    def _whole_step(self, optimizer: OptimizerHandle) -> WholeStep:
+        if optimizer not in self._whole_steps:
+            sharded = [p.sharded for _, p in self._in_shards(optimizer)]
+            self._whole_steps[optimizer] = WholeStep(optimizer.optimizer, list(sharded))
+        return self._whole_steps[optimizer]
+
+    def step_boundary(self) -> None:
+        self._release_held()
+        for group in [] if self._sharded is None else self._sharded.groups:
+            group.release()
+        super().step_boundary()
+
+    # ---------------------------------------------------------------- where FSDP differs
+
+    def to_cpu(self, data: Any) -> Any:
+        """Return `data` whole, as copies on the CPU; every rank must call it where shards are in it."""
+        return map_tensors(lambda t: _gathered(t.detach()).to("cpu", copy=True), data)
+
+    def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Gather `module`; what is written to its parameters inside lasts. Every rank must enter it."""
+        return nullcontext() if self._sharded is None else self._sharded.full_parameters(module)
+
+    def local_part(self, parameter: Tensor) -> Tensor:
+        return local(parameter)
+
+    def has_gradients(self, optimizer: OptimizerHandle) -> bool:
+        if super().has_gradients(optimizer):
+            return True
+        return any(p.local_gradient is not None for _, p in self._in_shards(optimizer))
+
+    def gradient_versions(self, optimizer: OptimizerHandle) -> list[Any]:
+        return [*super().gradient_versions(optimizer), *(p.versions for _, p in self._in_shards(optimizer))]
+
+    def unseen_gradient(self) -> str | None:
+        scaled = [] if self.scaler is None else ["the loss scale"]
+        return " and ".join(["the reduction into shards", *scaled])
+
+
+def _listed(inputs: Any) -> list[Tensor]:
+    return [inputs] if isinstance(inputs, Tensor) else list(inputs)
+
+
+def _gathered(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
