@@ -11,7 +11,7 @@ consumes it, so a backend may reduce and unscale there without keeping flags of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from xtrain.checkpoint import named
 from xtrain.collectives import Collectives as Collectives
 from xtrain.precision import Precision
 from xtrain.tensors import map_tensors as map_tensors
@@ -77,6 +78,14 @@ class OptimizerHandle(Protocol):
     @property
     def phase(self) -> Phase:
         """Where its gradients are in their life."""
+
+    @property
+    def step_count(self) -> int:
+        """Steps that were applied."""
+
+    @property
+    def zeroed_at(self) -> int:
+        """The `step_count` when its gradients were last zeroed."""
 
 
 class Backend(ABC):
@@ -228,6 +237,38 @@ class Backend(ABC):
     def unseen_gradient(self) -> str | None:
         """Return what a gradient misses when ``loss.backward()`` is called directly, or None."""
         return None
+
+    def training_state(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> dict[str, Any]:
+        """Return what is trained as whole CPU tensors by name, the same on every backend; all ranks call it.
+
+        Args:
+            module: the user's, set up.
+            optimizers: those of `setup_optimizers`.
+
+        Returns:
+            ``"state_dict"``: of the module; ``"optimizer_states"``: by the optimizer's name, each as
+            `xtrain.checkpoint.named` describes; both on rank 0 only. ``"gradients"``: this rank's own, by
+            optimizer and parameter, where they may count in a later step.
+        """
+        whole = named.training_state(module, optimizers) if self.collectives.rank == 0 else {}
+        return named.copied({**whole, "gradients": named.gradients(module, optimizers)}, self.to_cpu)  # type: ignore[no-any-return]
+
+    def load_training_state(
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]
+    ) -> None:
+        """Restore `optimizers` and gradients from what `training_state` of any backend returned on rank 0.
+
+        The module's tensors were loaded before `setup_module`.
+
+        Args:
+            module: the user's, set up.
+            optimizers: those of `setup_optimizers`; those not named in `state` are left alone.
+            state: as above, with the ``"gradients"`` of this rank.
+
+        Raises:
+            CheckpointError: for an optimizer with other groups or parameters.
+        """
+        named.load_training_state(module, optimizers, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the backend's own state (loss scale, device RNG): CPU tensors and plain values."""

@@ -168,6 +168,7 @@ class LightningOptimizer:
         applied: whether the last `step` updated parameters (an fp16 overflow skips it).
         step_count: steps that were applied.
         skipped_steps: steps that were skipped because a gradient overflowed.
+        zeroed_at: `step_count` when the gradients were last zeroed; below -1 before that.
 
     Example:
         >>> opt = self.optimizers()
@@ -182,8 +183,8 @@ class LightningOptimizer:
         self.optimizer = optimizer
         self.phase = Phase.EMPTY
         self.applied = False
-        self.step_count = 0
-        self.skipped_steps = 0
+        self.step_count = self.skipped_steps = 0
+        self.zeroed_at = -2
         self._stepping = False
         self._zeros: list[Any] | None = None  # versions of the gradients that zero_grad filled with zeros
         if life is not None:
@@ -218,7 +219,7 @@ class LightningOptimizer:
             hook(self.optimizer)
         self._backend.zero_grad(self, set_to_none)
         self._zeros = None if set_to_none else self._backend.gradient_versions(self)
-        self.phase = Phase.EMPTY
+        self.phase, self.zeroed_at = Phase.EMPTY, self.step_count
 
     def clip_gradients(self, value: float, algorithm: Literal["norm", "value"] = "norm") -> Tensor:
         """Finalize, then clip the gradients in place; see `LightningModule.clip_gradients`.

@@ -13,6 +13,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from xtrain.checkpoint import named
 from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
 from xtrain.tensors import move_module
@@ -21,9 +22,10 @@ from ..eager.process_group import join_processes, random_stream
 from ..eager.replicas import check_module, check_optimizers
 from ..eager.scaling import ScalingBackend
 from .config import check_precision, engine_config, read_config
-from .engine import OptimizerEngine
+from .engine import OptimizerEngine, give_gradient
 from .rules import RULES
 from .sharding import ShardedModule, Undo
+from .state import EngineState
 
 
 @final
@@ -201,6 +203,37 @@ class DeepSpeed(ScalingBackend):
             yield
         for engine in self._engines.values():
             engine.adopt_writes()
+
+    def training_state(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> dict[str, Any]:
+        whole = named.copied(named.module_state(module), self._whole)
+        states = {label: engine.read() for label, engine in self._engine_states(optimizers).items()}
+        gradients = named.copied(named.gradients(module, optimizers), self.to_cpu)
+        if self.collectives.rank:
+            return {"gradients": gradients}
+        return {"state_dict": whole, "optimizer_states": states, "gradients": gradients}
+
+    def _whole(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return copies on the CPU of what is whole on this rank, on rank 0 also of what is not."""
+        if self._sharded is not None:
+            return self._sharded.copies(tensors, self.collectives.rank == 0)
+        return self.to_cpu(tensors) if self.collectives.rank == 0 else tensors
+
+    def _engine_states(self, optimizers: Sequence[OptimizerHandle]) -> dict[str, EngineState]:
+        labels = named.names_of_optimizers(optimizers)
+        return {label: EngineState(self._engines[o], o, label) for label, o in zip(labels, optimizers, strict=True)}
+
+    def load_training_state(
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]
+    ) -> None:
+        for label, engine in self._engine_states(optimizers).items():
+            if label in state["optimizer_states"]:
+                engine.load(state["optimizer_states"][label], state["state_dict"])
+        self._load_gradients(module, state["gradients"])
+
+    def _load_gradients(self, module: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        parameters = dict(module.named_parameters())
+        for name, gradient in ((n, g) for held in saved.values() for n, g in held.items()):
+            give_gradient(parameters[name], gradient)
 
     def parameters_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
         engine = self._engines.get(optimizer)

@@ -19,6 +19,8 @@ from xtrain.collectives import Collectives
 from xtrain.contract import OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
 
+from .layout import read_groups
+
 
 class Owner(nn.Module):
     """What DeepSpeed takes for the model: the parameters of one optimizer, and no submodules.
@@ -87,6 +89,7 @@ class OptimizerEngine:
     Attributes:
         parameters: those that train.
         every_parameter: those and the frozen ones.
+        layout: the groups of the optimizer as the user made them.
         gradients: what was finalized, by position; this rank's part of it above stage 0.
         leftover: the gradients of the last step, until they are zeroed. They count in the next
             step, as in plain PyTorch.
@@ -110,6 +113,7 @@ class OptimizerEngine:
         self._overflowed: Tensor | None = None
         self._collectives, self._device = collectives, device
         self._raw = optimizer.optimizer
+        self.layout = read_groups(self._raw.param_groups, {p: name for name, p in named.items()})
         self.engine = make_engine(Owner(named), config, self._raw)
         self._groups = len(self._raw.param_groups)  # DeepSpeed has dropped the empty ones
         self.zero = self.engine.optimizer
@@ -191,8 +195,7 @@ class OptimizerEngine:
             raise ConfigurationError(explain(expected, received, fix))
 
     def _reduce(self) -> None:
-        alone = self.stage == 0 and self._collectives.world_size == 1
-        if alone:
+        if self.stage == 0 and self._collectives.world_size == 1:
             return
         with _requiring_grad(self.parameters):  # DeepSpeed passes over what is toggled off
             for parameter in self.parameters:
@@ -212,13 +215,14 @@ class OptimizerEngine:
     def _clean_buffers(self) -> None:
         """Zero the buffers that DeepSpeed reuses: a NaN in their padding would stay for ever."""
         if self._offloaded:
-            for master in self._masters():
+            for master in self.masters():
                 if master.grad is not None:
                     master.grad.zero_()
         if self.stage == 3:
             self.zero.grad_partitions_flat_buffer.zero_()
 
-    def _masters(self) -> list[Tensor]:
+    def masters(self) -> list[Tensor]:
+        """Return what DeepSpeed steps on above stage 0: this rank's flat shards."""
         zero = self.zero
         masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         return list(masters)
@@ -235,7 +239,7 @@ class OptimizerEngine:
         if self.stage == 0:
             return {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
         if self._offloaded:
-            return {i: master.grad for i, master in enumerate(self._masters()) if master.grad is not None}
+            return {i: master.grad for i, master in enumerate(self.masters()) if master.grad is not None}
         parts = (getattr(held, "grad_buffers", held) for held in zero.averaged_gradients.values())
         return dict(enumerate(part for held in parts for part in held))
 
@@ -296,14 +300,15 @@ class OptimizerEngine:
             if parameter.data_ptr() != data.data_ptr():  # p.data = ... took it out of DeepSpeed's flat buffer
                 data.copy_(parameter.data)
                 parameter.data = data
-        for working, master in self._copies():
+        for working, master in self.copies():
             if working.dtype == master.dtype:
                 master.data.copy_(working)
             else:  # where nothing was written, the master has more digits
                 same = master.to(working.device, working.dtype) == working
                 master.data.copy_(torch.where(same.to(master.device), master, working.to(master.device, master.dtype)))
 
-    def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the module computes with and what DeepSpeed steps on, in pairs."""
         zero = self.zero
         if self.stage == 3:
             yield from zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
@@ -321,10 +326,14 @@ class OptimizerEngine:
 
 
 def _fill(parameter: nn.Parameter) -> None:
-    """Give `parameter` a gradient of zeros, also where stage 3 has taken its data away."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+    """Give `parameter` a gradient of zeros."""
+    give_gradient(parameter, torch.zeros(getattr(parameter, "ds_shape", parameter.shape)))
+
+
+def give_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Give `parameter` a copy of `gradient`, which is whole, also where stage 3 has taken its data away."""
     data = parameter.data
-    parameter.data = torch.zeros(shape, dtype=data.dtype, device=data.device)
+    parameter.data = gradient.to(data.device, data.dtype, copy=True)
     parameter.grad = parameter.data  # autograd compares the shapes here, and only here
     parameter.data = data
 

@@ -98,6 +98,23 @@ class ShardedModule:
         finally:
             _partition(parameters)
 
+    def copies(self, tensors: Sequence[Any], wanted: bool) -> list[Tensor]:
+        """Return whole copies of `tensors` on the CPU, gathering one after the other; all ranks call it.
+
+        Args:
+            tensors: parameters and buffers of the module.
+            wanted: whether this rank needs them; the others only help.
+        """
+        found: list[Tensor] = []
+        for tensor in tensors:
+            away = getattr(tensor, "ds_status", None) is not None and _HOLD not in tensor.ds_active_sub_modules
+            if away:
+                _gather([tensor])
+            found.append(tensor.detach().to("cpu", copy=True) if wanted else tensor)
+            if away:
+                _partition([tensor])
+        return found
+
     def restore(self) -> None:
         """Leave the module whole and without DeepSpeed's hooks.
 

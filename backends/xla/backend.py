@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
+from xtrain.checkpoint import named
 from xtrain.collectives import Collectives
 from xtrain.contract import Backend, Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
@@ -259,6 +260,16 @@ class XLA(Backend):
     def to_cpu(self, data: Any) -> Any:
         moved = iter(self._runtime.to_cpu(list(tensors_in(data))))
         return map_tensors(lambda _: next(moved).clone(), data)
+
+    def load_training_state(
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]
+    ) -> None:
+        named.load_training_state(module, optimizers, state, lambda value, *_: value.clone())
+        for optimizer in optimizers:
+            step = self._steps[id(optimizer)]
+            if isinstance(step, Step):  # all of its state in one transfer
+                layout = None if self._mesh is None else self._mesh.of_state
+                move_optimizer(optimizer.optimizer, self._runtime, step.counts_on_device, layout)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._runtime.rng_state()}
