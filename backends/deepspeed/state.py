@@ -171,9 +171,7 @@ class EngineState:
                 key.copy_(sources[name])
             if name in saved["state"]:
                 entries = saved["state"][name]
-                self._raw.state[key] = {
-                    k: self._placed(v, k, key, saved["dtypes"].get(name)) for k, v in entries.items()
-                }
+                self._raw.state[key] = {k: _placed(v, k, key, saved["dtypes"].get(name)) for k, v in entries.items()}
 
     def _load_shards(self, saved: Saved, sources: Mapping[str, Tensor]) -> None:
         pieces = self._pieces()

@@ -244,9 +244,9 @@ def check_groups(label: str, kind: str, groups: Sequence[Sequence[str]], saved: 
     theirs: list[tuple[str, object]] = [("class", saved["class"]), ("number of groups", len(saved["groups"]))]
     for number, (names, old) in enumerate(zip(groups, saved["groups"], strict=False)):
         pairs = zip([*names, "nothing more"], [*old["params"], "nothing more"], strict=False)
-        here, there = next(((a, b) for a, b in pairs if a != b), ("", ""))
-        ours.append((f"group {number}", here))
-        theirs.append((f"group {number}", there))
+        mine, its = next(((a, b) for a, b in pairs if a != b), ("", ""))
+        ours.append((f"group {number}", mine))
+        theirs.append((f"group {number}", its))
     for (what, here), (_, there) in zip(ours, theirs, strict=True):
         if here != there:
             expected = f"optimizer {label!r} as it was saved: {what} {there!r}"
