@@ -183,8 +183,7 @@ class LightningOptimizer:
         self.optimizer = optimizer
         self.phase = Phase.EMPTY
         self.applied = False
-        self.step_count = self.skipped_steps = 0
-        self.zeroed_at = -2
+        self.step_count, self.skipped_steps, self.zeroed_at = 0, 0, -2
         self._stepping = False
         self._zeros: list[Any] | None = None  # versions of the gradients that zero_grad filled with zeros
         if life is not None:
