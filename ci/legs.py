@@ -78,6 +78,8 @@ HARDWARE = {
 ENVIRONMENTS = {
     "light": Environment(("test", "dev", "docs"), ("torch==2.13.0",)),
     "full": Environment(("test",), ("torch==2.9.1", "torch_xla==2.9.0", "deepspeed==0.19.8", "accelerate==1.15.0")),
+    # Packages of services, which bring much with them; offline.
+    "services": Environment(("test", "wandb", "mlflow", "aim"), ("torch==2.13.0",)),
 }
 
 
@@ -145,6 +147,7 @@ LEGS = {
     "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED),
     # Real processes under every launcher; every command of the page on launching.
     "launch": Leg("full", tests=("tests/launch/test_*.py",)),
+    "loggers": Leg("services", tests=("tests/services/test_*.py",)),
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
     # Links, anchors, references of docstrings: whatever mkdocs warns about is an error.
     "docs": Leg(

@@ -334,6 +334,15 @@ class LightningModule(ModuleHooks, nn.Module):
         ranks = self.trainer.backend.collectives
         return map_tensors(lambda tensor: gather(tensor, ranks, sync_grads), data)
 
+    def log_image(self, key: str, images: Any) -> None:
+        """Show one image or figure, or a list of them, in every logger that can.
+
+        Args:
+            key: the name it gets there.
+            images: see `xtrain.loggers.values.as_pixels`. They are read at once, so log them rarely.
+        """
+        self.trainer.log_image(key, images)
+
     def print(self, *values: Any) -> None:
         """Print on rank 0 only, above the progress bar.
 

@@ -1,4 +1,4 @@
-"""Loggers: where metrics go. `CSVLogger` needs nothing, `TensorBoardLogger` the tensorboard package."""
+"""Loggers: where metrics go. `CSVLogger` needs nothing, the others the package they are named after."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from xtrain.errors import ConfigurationError, explain
+from xtrain.loggers.aim import AimLogger as AimLogger
 from xtrain.loggers.base import Logger as Logger
 from xtrain.loggers.csv import CSVLogger as CSVLogger
+from xtrain.loggers.mlflow import MLFlowLogger as MLFlowLogger
 from xtrain.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
+from xtrain.loggers.wandb import WandbLogger as WandbLogger
 
-__all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "as_loggers"]
+__all__ = ["AimLogger", "CSVLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger", "as_loggers"]
 
 
 def as_loggers(logger: Any, root: str) -> list[Logger]:

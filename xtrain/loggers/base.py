@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, cast
@@ -72,8 +72,17 @@ class Logger(ABC):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take `metrics`, floats by name, as they were after training step `step`."""
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # noqa: B027  # a logger may ignore them
-        """Take the hyperparameters of the run."""
+    def log_hyperparams(self, params: Any) -> None:  # noqa: B027  # a logger may ignore them
+        """Take the hyperparameters of the run: a mapping, a Namespace or a dataclass."""
+
+    def log_image(self, key: str, images: Sequence[Any], step: int | None = None) -> None:  # noqa: B027  # likewise
+        """Take images under one name; override it in a logger that can show them.
+
+        Args:
+            key: the name.
+            images: what `xtrain.loggers.values.as_pixels` takes: tensors, arrays, figures.
+            step: the training step.
+        """
 
     def save(self) -> None:  # noqa: B027  # nothing to do for a logger that keeps nothing back
         """Write what was kept back."""
@@ -81,6 +90,22 @@ class Logger(ABC):
     def finalize(self, status: str) -> None:
         """End the run. `status`: ``"success"`` or ``"failed"``."""
         self.save()
+
+
+def show_images(loggers: Sequence[Any], key: str, images: Any, step: int) -> bool:
+    """Give images to the loggers that can show them; return whether there is one.
+
+    Args:
+        loggers: all of them.
+        key: the name of the images.
+        images: one, or a list or tuple of them.
+        step: the training step.
+    """
+    several = list(images) if isinstance(images, list | tuple) else [images]
+    able = [each for each in loggers if getattr(type(each), "log_image", Logger.log_image) is not Logger.log_image]
+    for logger in able:
+        logger.log_image(key, several, step)
+    return bool(able)
 
 
 class FileLogger(Logger):

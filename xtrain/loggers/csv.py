@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.errors import ConfigurationError, explain
-from xtrain.loggers.base import FileLogger, as_text, rank_zero_only, write_private
+from xtrain.loggers.base import FileLogger, rank_zero_only, write_private
+from xtrain.loggers.values import plain, with_prefix
 
 
 class CSVLogger(FileLogger):
@@ -30,6 +30,7 @@ class CSVLogger(FileLogger):
         save_dir: the folder of all experiments.
         name: the experiment.
         version: an int N or the name of a folder; None takes the first N that is free.
+        prefix: put before the name of every metric.
         flush_logs_every_n_steps: rows kept in memory before they are written.
 
     Raises:
@@ -46,6 +47,7 @@ class CSVLogger(FileLogger):
         save_dir: str | os.PathLike[str],
         name: str | None = "lightning_logs",
         version: int | str | None = None,
+        prefix: str = "",
         flush_logs_every_n_steps: int = 100,
     ) -> None:
         super().__init__(save_dir, name, version)
@@ -53,7 +55,7 @@ class CSVLogger(FileLogger):
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             received = f"flush_logs_every_n_steps={rows!r}"
             raise ConfigurationError(explain("a number of rows of at least 1", received, "CSVLogger('logs')"))
-        self._keep = rows
+        self._prefix, self._keep = prefix, rows
         self._rows: list[dict[str, Any]] = []
         self._opened = self._warned = False
 
@@ -72,16 +74,16 @@ class CSVLogger(FileLogger):
         if "step" in metrics:
             fix = "logger.log_metrics({'loss': 0.5}, step=1)"
             raise ConfigurationError(explain("metrics with other names than 'step'", dict(metrics), fix))
-        self._rows.append({"step": step, **metrics})
+        self._rows.append({"step": step, **with_prefix(metrics, self._prefix)})
         if len(self._rows) % self._keep == 0:  # also after a time in which nothing could be written
             self.save()
 
     @rank_zero_only
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+    def log_hyperparams(self, params: Any) -> None:
         """Write ``hparams.json``, for its owner only; what JSON cannot hold is written as text."""
         target = Path(self.log_dir) / "hparams.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_private(target, json.dumps(_plain(dict(params)), indent=2) + "\n")
+        write_private(target, json.dumps(plain(params), indent=2) + "\n")
 
     @rank_zero_only
     def save(self) -> None:
@@ -157,19 +159,6 @@ def _append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(end)
             raise
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    return as_text(value)
 
 
 def _format(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.errors import MissingDependencyError
-from xtrain.loggers.base import FileLogger, as_text, rank_zero_only
+from xtrain.loggers.base import FileLogger, rank_zero_only
+from xtrain.loggers.values import as_pixels, flat, with_prefix
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -21,6 +22,7 @@ class TensorBoardLogger(FileLogger):
         save_dir: the folder of all experiments.
         name: the experiment.
         version: an int N or the name of a folder; None takes the first N that is free.
+        prefix: put before the name of every metric.
         **kwargs: passed on to `torch.utils.tensorboard.SummaryWriter`.
 
     Example:
@@ -32,10 +34,11 @@ class TensorBoardLogger(FileLogger):
         save_dir: str | os.PathLike[str],
         name: str | None = "lightning_logs",
         version: int | str | None = None,
+        prefix: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(save_dir, name, version)
-        self._kwargs = kwargs
+        self._prefix, self._kwargs = prefix, kwargs
         self._writer: SummaryWriter | None = None
 
     @property
@@ -58,11 +61,11 @@ class TensorBoardLogger(FileLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add one scalar per metric."""
-        for name, value in metrics.items():
+        for name, value in with_prefix(metrics, self._prefix).items():
             self.experiment.add_scalar(name, value, step)
 
     @rank_zero_only
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+    def log_hyperparams(self, params: Any) -> None:
         """Add the hyperparameters to the HPARAMS page; what it cannot hold is written as text.
 
         The event file can be read by its owner only from then on: hyperparameters may hold tokens.
@@ -72,9 +75,15 @@ class TensorBoardLogger(FileLogger):
         writer = self.experiment
         for path in Path(self.log_dir).glob("events.out.*"):
             path.chmod(0o600)
-        plain = {k: v if isinstance(v, bool | int | float | str) else as_text(v) for k, v in params.items()}
-        for summary in hparams(plain, {}):
+        for summary in hparams(flat(params), {}):
             writer._get_file_writer().add_summary(summary)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: Sequence[Any], step: int | None = None) -> None:
+        """Add images; several get a number each."""
+        for index, image in enumerate(images):
+            name = f"{key}/{index}" if len(images) > 1 else key
+            self.experiment.add_image(name, as_pixels(image), step, dataformats="HWC")
 
     @rank_zero_only
     def save(self) -> None:

@@ -22,7 +22,7 @@ from xtrain.data.datamodule import LightningDataModule
 from xtrain.data.sharding import agreed, repeat_last, set_epoch
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import own_rank
-from xtrain.loggers.base import Logger
+from xtrain.loggers.base import Logger, show_images
 from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
@@ -278,6 +278,16 @@ class TrainerState:
             {'path': 'runs/7'}
         """
         return self.backend.collectives.broadcast(value, source)
+
+    def log_image(self, key: str, images: Any) -> None:
+        """Show images in the loggers; see `LightningModule.log_image`."""
+        if (
+            self.is_global_zero
+            and not self.sanity_checking
+            and not show_images(self.loggers, key, images, self.global_step)
+        ):
+            fix = "Trainer(logger=TensorBoardLogger('logs'))"
+            self.life.warn_once(explain("a logger that shows images", f"log_image({key!r}, ...) without one", fix))
 
     def print(self, *values: Any) -> None:
         """Print on rank 0, above the progress bar if there is one.
