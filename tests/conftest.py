@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 
 from xtrain import registry
+from xtrain.launch.join import read_launch
 
 
 def pytest_addoption(parser):
@@ -39,3 +40,11 @@ def _seeded():
 def _own_backends_only(request, monkeypatch):
     own = {name: cls for name, cls in registry._registered.items() if cls.__module__ == request.module.__name__}
     monkeypatch.setattr(registry, "_registered", own)
+
+
+@pytest.fixture(autouse=True)
+def _no_launch_is_remembered():
+    """A process reads its launcher's variables once; a test that sets some is a process of its own here."""
+    read_launch.cache_clear()
+    yield
+    read_launch.cache_clear()

@@ -88,15 +88,27 @@ def test_one_backend_knows_torch_xla(path):
         assert "torch_xla" not in {name.split(".")[0] for name in imported(path)}
 
 
-def test_public_modules_of_the_core_have_no_import_cycle():
+def in_a_circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the modules that import each other, and those that need them."""
+    free: set[str] = set()
+    while ready := {name for name, needs in arrows.items() if name not in free and not (needs & arrows.keys()) - free}:
+        free |= ready
+    return sorted(arrows.keys() - free)
+
+
+@pytest.mark.parametrize("paths", [CORE, BACKENDS], ids=["xtrain", "backends"])
+def test_no_import_circle_at_run_time(paths):
     """Imports for annotations only (under TYPE_CHECKING) and inside functions are no arrows at run time."""
-    arrows = {module_name(path): set(imported_at_run_time(path)) for path in CORE}
-    settled: set[str] = set()
-    while ready := {
-        name for name, needs in arrows.items() if name not in settled and not (needs & arrows.keys()) - settled
-    }:
-        settled |= ready
-    assert sorted(arrows.keys() - settled) == []
+    assert in_a_circle({module_name(path): set(imported_at_run_time(path)) for path in paths}) == []
+
+
+def test_annotations_make_no_circle_but_back_to_the_trainer():
+    """A module and callbacks speak of the Trainer that runs them; nobody else's annotations point up."""
+    arrows = {module_name(path): set(imported_for_annotations(path)) for path in CORE}
+    for name, needs in arrows.items():
+        if name == "xtrain.module" or name.startswith("xtrain.callbacks"):
+            needs -= {"xtrain.trainer", "xtrain.trainer.Trainer"}
+    assert in_a_circle(arrows) == []
 
 
 def module_name(path: Path) -> str:
@@ -105,7 +117,18 @@ def module_name(path: Path) -> str:
 
 
 def imported_at_run_time(path: Path) -> Iterator[str]:
-    for node in parse(path).body:
+    yield from names_imported(parse(path).body)
+
+
+def imported_for_annotations(path: Path) -> Iterator[str]:
+    """Yield what is imported at run time, and below ``if TYPE_CHECKING``."""
+    body = parse(path).body
+    checked = [node for node in body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    yield from names_imported([*body, *(inner for node in checked for inner in node.body)])
+
+
+def names_imported(body: list[ast.stmt]) -> Iterator[str]:
+    for node in body:
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
@@ -172,6 +195,14 @@ def branches(node: ast.AST) -> Iterator[ast.AST]:
         yield from branches(child)
 
 
+@by_path([path for path in CORE if "compat" not in path.parts and "testing" not in path.parts])
+def test_no_backend_is_named_outside_of_compat(path):
+    """At any depth, not only in comparisons. `cpu` and `cuda` are also what torch calls devices."""
+    names = set(registered_backends()) - {"cpu", "cuda"}
+    found = [(n.lineno, n.value) for n in ast.walk(parse(path)) if isinstance(n, ast.Constant) and n.value in names]
+    assert found == []
+
+
 @by_path(CORE + EXAMPLES)
 def test_no_branch_on_a_backend_name(path):
     """Decisions come from capabilities: a name in a comparison is a special case in disguise."""
@@ -206,6 +237,15 @@ def test_file_fits_its_reader(path):
     examples = sum(map(lines_of_example, ast.walk(parse(path))))
     assert len(path.read_text(encoding="utf-8").splitlines()) - examples <= 350
     assert [(name, lines) for name, lines in functions(path) if lines > 60] == []
+
+
+LINES_OF_THE_LIFE = 1400
+LIFE = ("contract", "optimizer", "toggle", "precision", "scaler", "module")
+
+
+def test_what_a_gradient_passes_through_fits_an_afternoon():
+    paths = [ROOT / "xtrain" / f"{name}.py" for name in LIFE] + [ROOT / "backends" / "eager" / "backend.py"]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= LINES_OF_THE_LIFE
 
 
 def test_functions_are_short():

@@ -8,7 +8,7 @@ from typing import Any, final
 import pytest
 import torch
 
-from xtrain import registry
+from xtrain import Trainer, registry
 from xtrain.contract import Backend, Capabilities
 from xtrain.errors import (
     BackendContractError,
@@ -330,3 +330,42 @@ def test_something_else_is_no_backend(thing):
 def test_every_registered_backend_fulfils_the_contract():
     for name in registered_backends():
         assert issubclass(get_backend_class(name), Backend)
+
+
+# ---------------------------------------------------------------- spellings and "auto"
+
+CHIP = """
+from typing import final
+from xtrain_backends.cpu import CPU
+from xtrain_backends.eager import EagerBackend
+@final
+class Chip(EagerBackend):
+    name, capabilities, in_auto = "chip", CPU.capabilities, True
+    spellings = {"chip_sharded": {"timeout": 7.0}}
+    @classmethod
+    def available(cls):
+        return None
+    def launch(self):
+        self._join("gloo")
+"""
+
+
+def test_a_backend_of_another_package_brings_spellings_and_takes_part_in_auto(third_party, capsys):
+    third_party("chip = chip_module:Chip", chip_module=CHIP)
+    trainer = Trainer(strategy="chip_sharded")
+    assert (trainer.backend.name, trainer.backend.timeout.total_seconds()) == ("chip", 7.0)
+    assert Trainer(accelerator="chip_sharded", backend_options={"timeout": 7.0}).backend.name == "chip"
+    assert Trainer(backend="auto").backend.name == "chip"
+    assert "backend=chip (found on this machine)" in capsys.readouterr().err
+
+
+def test_auto_passes_over_a_chip_that_is_not_there_and_a_package_that_breaks(third_party):
+    absent = CHIP.replace("return None", "return 'no chip is plugged in'")
+    third_party("chip = chip_module:Chip\nbroken = broken_module:Broken", chip_module=absent, broken_module="1 / 0")
+    assert Trainer(backend="auto").backend.name in ("cpu", "cuda")
+
+
+def test_what_nobody_understands_is_refused(third_party):
+    third_party("chip = chip_module:Chip", chip_module=CHIP)
+    with pytest.raises(ConfigurationError, match="strategy out of"):
+        Trainer(strategy="chip_replicated")

@@ -6,7 +6,7 @@ import pytest
 from small import says, trainer
 
 from xtrain import ConfigurationError, Trainer
-from xtrain.compat import read_backend
+from xtrain.compat.backends import read_backend
 from xtrain.registry import make_backend
 
 

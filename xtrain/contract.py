@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -101,6 +102,9 @@ class Backend(ABC):
         name: the registered name, lower case.
         capabilities: see `Capabilities`.
         rules: refused combinations that only this backend knows; part of the printed table.
+        spellings: values of Lightning's ``strategy=`` and ``accelerator=`` that mean this backend, each with the
+            options that it implies: ``{"mychip_sharded": {"shards": 8}}``.
+        in_auto: whether ``backend="auto"`` takes this backend where it is available, before the built-in ones.
         precision: set by the Trainer before `launch`.
         scaler_kwargs: options of the loss scaler, set by the Trainer before `launch`.
         devices: number of devices asked for (None: whatever the launcher says), set likewise.
@@ -118,6 +122,8 @@ class Backend(ABC):
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     rules: ClassVar[tuple[Rule, ...]] = ()
+    spellings: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    in_auto: ClassVar[bool] = False
 
     precision: Precision = Precision("32-true")
     scaler_kwargs: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from configparser import ConfigParser
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
@@ -30,6 +31,7 @@ from xtrain.errors import (
     ConfigurationError,
     MissingDependencyError,
     UnknownBackendError,
+    XTrainError,
     explain,
 )
 from xtrain.precision import PRECISIONS
@@ -129,6 +131,16 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
     cls = get_backend_class(backend)
     _check_options(backend, cls, options)
     return cls(**options)
+
+
+def third_party_backends() -> list[type[Backend]]:
+    """Return the backends of other packages, and those registered in code; one that cannot be used is left out."""
+    names = [name for name, entries in _entry_points().items() if not _is_built_in(entries[0])]
+    found = list(_registered.values())
+    for name in names:
+        with suppress(XTrainError):  # `xtrain backends` tells what is wrong with it
+            found.append(get_backend_class(name))
+    return list(dict.fromkeys(found))
 
 
 def register_backend(cls: B) -> B:

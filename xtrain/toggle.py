@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from xtrain.contract import OptimizerHandle
 from xtrain.errors import ProtocolError, explain
 
-if TYPE_CHECKING:
-    from xtrain.optimizer import LightningOptimizer
+Handle = TypeVar("Handle", bound=OptimizerHandle)
 
 
-class ToggleStack:
+class ToggleStack(Generic[Handle]):
     """The toggles in effect, innermost last; the innermost decides.
 
     ``requires_grad`` of every parameter is noted when the first toggle begins and is exactly
@@ -26,13 +26,13 @@ class ToggleStack:
         active: the toggled optimizers; the parameters of the last one alone require gradients now.
     """
 
-    def __init__(self, optimizers: Sequence[LightningOptimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Handle]) -> None:
         self._optimizers = optimizers
         self._parameters: list[Tensor] = []
         self._before: list[bool] = []
-        self.active: list[LightningOptimizer] = []
+        self.active: list[Handle] = []
 
-    def push(self, optimizer: LightningOptimizer) -> None:
+    def push(self, optimizer: Handle) -> None:
         """Let only the parameters of `optimizer` require gradients."""
         if not self.active:
             self._parameters = list(dict.fromkeys(p for o in self._optimizers for p in o.parameters))
@@ -40,7 +40,7 @@ class ToggleStack:
         self.active.append(optimizer)
         self._apply()
 
-    def pop(self, optimizer: LightningOptimizer) -> None:
+    def pop(self, optimizer: Handle) -> None:
         """End the latest toggle of `optimizer`.
 
         Raises:

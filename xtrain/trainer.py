@@ -11,7 +11,7 @@ from typing import Any
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
-from xtrain.compat import read_backend
+from xtrain.compat.backends import read_backend
 from xtrain.contract import Backend
 from xtrain.data.batches import empty_loader
 from xtrain.data.datamodule import LightningDataModule

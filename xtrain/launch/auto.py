@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
 
-from xtrain.compat import AUTO
+from xtrain.compat.backends import AUTO, FALLBACK, HARDWARE
 from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.environment import Launch
 from xtrain.launch.join import current_launch
 from xtrain.precision import Precision, resolve_precision
-from xtrain.registry import get_backend_class, registered_backends
+from xtrain.registry import get_backend_class, registered_backends, third_party_backends
 
-_HARDWARE, _FALLBACK = ("cuda",), "cpu"  # looked for in this order; a launcher has to ask for anything else
 _told: set[str] = set()
 
 
@@ -100,8 +98,9 @@ def _resolve(launch: Launch) -> tuple[str, str]:
     """Return the name that ``"auto"`` stands for, and where it comes from."""
     if launch.backend is not None:
         return launch.backend, launch.sources["backend"]
-    missing: Mapping[str, str | None] = {name: get_backend_class(name).available() for name in _HARDWARE}
+    wished = [cls for cls in third_party_backends() if cls.in_auto]
+    missing = {cls.name: cls.available() for cls in [*wished, *map(get_backend_class, HARDWARE)]}
     for name, reason in missing.items():
         if reason is None:
             return name, "found on this machine"
-    return _FALLBACK, "; ".join(f"no {name}: {reason}" for name, reason in missing.items())
+    return FALLBACK, "; ".join(f"no {name}: {reason}" for name, reason in missing.items())

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xtrain.compat.backends import REPLICAS, WISHES
 from xtrain.errors import ConfigurationError, explain
 
 LAUNCH_ID = "XTRAIN_LAUNCH_ID"
@@ -125,11 +126,7 @@ def _accelerate_wishes(env: _Environment) -> tuple[str | None, str | None]:
                 explain("an accelerate configuration for CPU, MULTI_GPU, DEEPSPEED or XLA (TPU)",
                         f"one for {kind} ({variable}={env.environ[variable]}), which xtrain does not run", fix)
             )  # fmt: skip
-    backend = None
-    if env.true("ACCELERATE_USE_DEEPSPEED", "backend"):
-        backend = "deepspeed"
-    elif env.true("ACCELERATE_USE_CPU", "backend"):
-        backend = "cpu"
+    backend = next((name for variable, name in WISHES.items() if env.true(variable, "backend")), None)
     mixed = env.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if mixed not in _PRECISIONS:
         fix = "accelerate launch --mixed_precision bf16 script.py"
@@ -152,9 +149,9 @@ def _without_ranks(
         warnings = (_ONE_PROCESS.format(count=max(2, wanted)),) if alone else ()
         return Launch("accelerate", backend=backend, precision=precision, warnings=warnings, sources=env.sources)
     if env.true("FORK_LAUNCHED", "backend"):
-        return Launch("accelerate-tpu", backend="tpu", sources=env.sources)
+        return Launch("accelerate-tpu", backend=REPLICAS, sources=env.sources)
     if environ.get("PJRT_DEVICE", "").upper() == "TPU":
-        return Launch(backend="tpu", sources={"backend": f"PJRT_DEVICE={environ['PJRT_DEVICE']}"})
+        return Launch(backend=REPLICAS, sources={"backend": f"PJRT_DEVICE={environ['PJRT_DEVICE']}"})
     tasks = env.number("SLURM_NTASKS") or 1
     batch_step = "SLURM_STEP_ID" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
     return Launch(warnings=(_SRUN.format(tasks=tasks),) if tasks > 1 and batch_step else ())

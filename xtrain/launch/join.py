@@ -9,13 +9,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from torch import distributed as dist
 
-from xtrain.compat import replica_rank
+from xtrain.compat.backends import replica_rank
 from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
 from xtrain.launch.children import GRACE, Board, Children, Failure, follow_parent, wait_for
 from xtrain.launch.environment import LAUNCH_ID, Launch, detect_launcher
@@ -85,7 +85,13 @@ def current_launch() -> Launch:
     Raises:
         ConfigurationError: see `xtrain.launch.environment.detect_launcher`.
     """
-    return detect_launcher(os.environ, _parent_command()) if _world is None else _world.launch
+    return read_launch() if _world is None else _world.launch
+
+
+@cache
+def read_launch() -> Launch:
+    """Return what the environment says, read once: a process does not change its place."""
+    return detect_launcher(os.environ, _parent_command())
 
 
 def own_rank() -> int:
