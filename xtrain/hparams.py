@@ -29,6 +29,42 @@ class HyperParameters(dict[str, Any]):
         del self[name]
 
 
+class KeepsHyperParameters:
+    """A class whose ``__init__`` may keep its arguments in `hparams`: a LightningModule or a LightningDataModule."""
+
+    _log_hparams = True
+
+    @property
+    def hparams(self) -> HyperParameters:
+        """What `save_hyperparameters` kept."""
+        kept: HyperParameters = vars(self).setdefault("_hparams", HyperParameters())
+        return kept
+
+    def save_hyperparameters(self, *names: Any, ignore: Iterable[str] | str | None = None, logger: bool = True) -> None:
+        """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
+
+        Args:
+            *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead.
+            ignore: names to leave out.
+            logger: also send them to the loggers when a run starts.
+
+        Raises:
+            ConfigurationError: for a name that is no argument, or a call from elsewhere.
+
+        Example:
+            >>> class Model(LightningModule):
+            ...     def __init__(self, lr=0.1, token=""):
+            ...         super().__init__()
+            ...         self.save_hyperparameters(ignore="token")
+            >>> Model(lr=0.3).hparams.lr
+            0.3
+        """
+        frame = inspect.currentframe()
+        values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
+        self._log_hparams = logger
+        self.hparams.update(values)
+
+
 def read_hyperparameters(
     chosen: tuple[Any, ...], ignore: Iterable[str] | str | None, owner: Any, frame: FrameType | None
 ) -> dict[str, Any]:

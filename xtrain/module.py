@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,9 @@ from torch.optim import Optimizer
 from xtrain.collectives import gather
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.hooks import ModuleHooks
-from xtrain.hparams import HyperParameters, read_hyperparameters
+from xtrain.hparams import KeepsHyperParameters
+from xtrain.metrics.checks import Settings
+from xtrain.metrics.logs import Logs
 from xtrain.optimizer import GradientLife, LightningOptimizer
 from xtrain.tensors import map_tensors
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from xtrain.trainer import Trainer
 
 
-class LightningModule(ModuleHooks, nn.Module):
+class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
     """A `torch.nn.Module` with a training step.
 
     Define `training_step` and `configure_optimizers`. In manual optimization
@@ -56,8 +57,6 @@ class LightningModule(ModuleHooks, nn.Module):
         self._trainer: Trainer | None = None
         self._life: GradientLife | None = None
         self._optimizers: Any = None
-        self._hparams = HyperParameters()
-        self._log_hparams = True
         self.automatic_optimization = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -303,21 +302,8 @@ class LightningModule(ModuleHooks, nn.Module):
 
     # ---------------------------------------------------------------- logging and collectives
 
-    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a metric without waiting for the device; options as in `MetricLog.log_dict`.
-
-        Example:
-            >>> self.log("loss", self.net(batch).square().mean(), prog_bar=True, on_epoch=True)
-        """
-        self.trainer.metrics.log(name, value, prog_bar=prog_bar, **options)
-
-    def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
-        """Record several metrics with the same options.
-
-        Example:
-            >>> self.log_dict({"loss_g": torch.tensor(0.7), "loss_d": torch.tensor(1.4)}, prog_bar=True)
-        """
-        self.trainer.metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
+    def _record(self, values: Mapping[str, Any], settings: Settings, batch_size: int | None) -> None:
+        self.trainer.metrics._record(values, settings, batch_size)
 
     def all_gather(self, data: Any, *, sync_grads: bool = False) -> Any:
         """Return `data` with each tensor gathered from all ranks, shape ``(world_size, *shape)``.
@@ -351,34 +337,6 @@ class LightningModule(ModuleHooks, nn.Module):
             batch 0
         """
         self.trainer.print(*values)
-
-    # ---------------------------------------------------------------- hyperparameters
-
-    @property
-    def hparams(self) -> HyperParameters:
-        """What `save_hyperparameters` kept."""
-        return self._hparams
-
-    def save_hyperparameters(self, *names: Any, ignore: Iterable[str] | str | None = None, logger: bool = True) -> None:
-        """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
-
-        Args:
-            *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead.
-            ignore: names to leave out.
-            logger: also send them to the loggers when a run starts.
-
-        Example:
-            >>> class Model(LightningModule):
-            ...     def __init__(self, lr=0.1, token=""):
-            ...         super().__init__()
-            ...         self.save_hyperparameters(ignore="token")
-            >>> Model(lr=0.3).hparams.lr
-            0.3
-        """
-        frame = inspect.currentframe()
-        values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
-        self._log_hparams = logger
-        self._hparams.update(values)
 
 
 def _undefined(module: LightningModule, name: str) -> ConfigurationError:

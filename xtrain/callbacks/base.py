@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from xtrain.errors import ProtocolError, explain
+from xtrain.metrics.checks import Settings
+from xtrain.metrics.logs import Logs
 
 if TYPE_CHECKING:
     from xtrain.metrics.log import MetricLog
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from xtrain.trainer import Trainer
 
 
-class Callback:
+class Callback(Logs):
     """Code that a Trainer runs at certain moments; override what you need.
 
     Only overridden hooks are called, so the others cost nothing. A callback runs before the hook of
@@ -38,20 +40,11 @@ class Callback:
     after_module: ClassVar[bool] = False
     _metrics: MetricLog | None = None  # those of the run, set by the Trainer
 
-    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a metric, as `LightningModule.log` does in the hook of the same name."""
-        self.log_dict({name: value}, prog_bar=prog_bar, **options)
-
-    def log_dict(self, dictionary: Mapping[str, Any], prog_bar: bool = False, **options: Any) -> None:
-        """Record several metrics with the same options.
-
-        Raises:
-            ProtocolError: outside of a run.
-        """
+    def _record(self, values: Mapping[str, Any], settings: Settings, batch_size: int | None) -> None:
         if self._metrics is None:
             fix = "Trainer(callbacks=[callback]).fit(model)"
             raise ProtocolError(explain(f"{type(self).__name__}.log inside of a run", "a call outside of one", fix))
-        self._metrics.log_dict(dictionary, prog_bar=prog_bar, **options)
+        self._metrics._record(values, settings, batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_metrics": None}  # a copy is free of the run it was made in

@@ -7,9 +7,10 @@ from typing import Any
 
 from xtrain.contract import Backend
 from xtrain.hooks import BatchHooks, is_overridden
+from xtrain.hparams import KeepsHyperParameters
 
 
-class LightningDataModule(BatchHooks):
+class LightningDataModule(KeepsHyperParameters, BatchHooks):
     """Keeps the loaders of an experiment together; override what is needed.
 
     `prepare_data` runs on one process (downloads), `setup` on all.

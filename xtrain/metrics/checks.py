@@ -5,26 +5,27 @@ from __future__ import annotations
 import difflib
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
 from xtrain.errors import ConfigurationError, explain
 
-# The values of _SETTINGS.
-Settings: TypeAlias = tuple[bool, bool, bool | None, bool | None, str | Callable[..., Any], bool, bool, bool]
 
-_SETTINGS = (
-    "prog_bar",
-    "logger",
-    "on_step",
-    "on_epoch",
-    "reduce_fx",
-    "sync_dist",
-    "add_dataloader_idx",
-    "rank_zero_only",
-)
-_OPTIONS = (*_SETTINGS, "batch_size", "metric_attribute")
+class Settings(NamedTuple):
+    """How a metric is logged; the fields are options of `xtrain.metrics.logs.Logs.log`."""
+
+    prog_bar: bool = False
+    logger: bool = True
+    on_step: bool | None = None
+    on_epoch: bool | None = None
+    reduce_fx: str | Callable[..., Any] = "mean"
+    sync_dist: bool = False
+    add_dataloader_idx: bool = True
+    rank_zero_only: bool = False
+
+
+_OPTIONS = (*Settings._fields, "batch_size", "metric_attribute")
 _AXES = ("step", "epoch")  # what a row has besides its metrics
 
 
@@ -49,7 +50,7 @@ def check_name(name: Any, add_dataloader_idx: bool) -> None:
 
 def check_switches(name: str, settings: Settings) -> None:
     """Raise a ConfigurationError for what Python would take for True or False, but the user may mean otherwise."""
-    for switch, value in zip(_SETTINGS, settings, strict=True):
+    for switch, value in zip(Settings._fields, settings, strict=True):
         by_default = value is None and switch in ("on_step", "on_epoch")
         if switch != "reduce_fx" and not isinstance(value, bool) and not by_default:
             fix = f"self.log({name!r}, value, {switch}=True)"
@@ -105,7 +106,7 @@ def check_weight(batch_size: Any) -> int:
 
 def refuse_change(name: str, known: Settings, settings: Settings) -> NoReturn:
     """Raise the ConfigurationError of a metric that is logged with other settings than before."""
-    pairs = zip(_SETTINGS, known, settings, strict=True)
+    pairs = zip(Settings._fields, known, settings, strict=True)
     changed = "; ".join(f"{key}={new!r} after {key}={old!r}" for key, old, new in pairs if old != new)
     expected = f"the same settings each time {name!r} is logged in this hook"
     raise ConfigurationError(explain(expected, changed, f"self.log('{name}_2', ...), a name of its own"))

@@ -24,10 +24,10 @@ from xtrain.metrics.checks import (
     as_number,
     check_value,
     check_weight,
-    refuse_call,
     refuse_change,
     refuse_twin,
 )
+from xtrain.metrics.logs import Logs
 from xtrain.metrics.metric import INNER_HOOKS, Metric, TensorView, is_torchmetric, new_metric, snapshot
 from xtrain.tensors import tensors_in
 
@@ -59,7 +59,7 @@ class _Stage:
         return [metric for scope in self.scopes.values() for metric in scope.values()]
 
 
-class MetricLog:
+class MetricLog(Logs):
     """All metrics of a Trainer.
 
     The loop says where it is (`stage`, `hook`, `set_batch`), modules and callbacks hand in values
@@ -142,50 +142,7 @@ class MetricLog:
 
     # ---------------------------------------------------------------- values come in
 
-    def log(self, name: str, value: Any, **options: Any) -> None:
-        """Remember one value; see `log_dict` for the options."""
-        self.log_dict({name: value}, **options)
-
-    def log_dict(
-        self,
-        values: Mapping[str, Any],
-        *,
-        prog_bar: bool = False,
-        logger: bool = True,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean",
-        sync_dist: bool = False,
-        batch_size: int | None = None,
-        add_dataloader_idx: bool = True,
-        rank_zero_only: bool = False,
-        metric_attribute: str | None = None,
-        **unknown: Any,
-    ) -> None:
-        """Remember values. Neither waits for the device nor gives it work.
-
-        Args:
-            values: numbers, tensors of one element or torchmetrics objects, by name. Logged per step and per
-                epoch, a name becomes ``name_step`` and ``name_epoch``.
-            prog_bar: show it in the progress bar.
-            logger: send it to the loggers.
-            on_step: send the newest value at every log point; the default in the hooks of a training step.
-            on_epoch: send the reduction over the epoch; the default in all other hooks.
-            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a
-                1-dim tensor, all values of the epoch.
-            sync_dist: reduce over the ranks too, at log points and epoch ends; every rank must log it.
-            batch_size: weight of this value in the mean; default: the first dimension of the batch.
-            add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
-            rank_zero_only: it is logged on rank 0 only, so it is never reduced over the ranks.
-            metric_attribute: taken as in Lightning, not needed.
-            **unknown: refused, with the option that was meant.
-
-        Raises:
-            ConfigurationError: for a value, a hook or settings that cannot be logged.
-        """
-        settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only)
-        if unknown or not hasattr(values, "items"):
-            refuse_call(values, unknown)
+    def _record(self, values: Mapping[str, Any], settings: Settings, batch_size: int | None) -> None:
         for name, value in values.items():
             metric = self._stage.scope.get(name)
             if metric is None or metric.settings != settings:

@@ -144,8 +144,8 @@ def new_metric(name: str, stage: str, hook: str, dataloader: int | None, setting
     Raises:
         ConfigurationError: if nothing may be logged in `hook`, or not with these settings.
     """
-    prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only = settings
-    check_name(name, add_dataloader_idx)
+    on_step, on_epoch, sync_dist = settings.on_step, settings.on_epoch, settings.sync_dist
+    check_name(name, settings.add_dataloader_idx)
     check_switches(name, settings)
     if stage == "idle" or hook not in _STEP_HOOKS | _EVALUATION_HOOKS | _EPOCH_HOOKS:
         where = f"in {hook}" if hook else "outside of the hooks of fit, validate and test"
@@ -154,20 +154,20 @@ def new_metric(name: str, stage: str, hook: str, dataloader: int | None, setting
     on_step = hook in _STEP_HOOKS if on_step is None else on_step
     on_epoch = hook not in _STEP_HOOKS if on_epoch is None else on_epoch
     _check_levels(name, hook, on_step, on_epoch)
-    suffix = "" if dataloader is None or not add_dataloader_idx else f"/dataloader_idx_{dataloader}"
+    suffix = "" if dataloader is None or not settings.add_dataloader_idx else f"/dataloader_idx_{dataloader}"
     forked = on_step and on_epoch
     return Metric(
         settings=settings,
-        prog_bar=prog_bar,
-        logger=logger,
+        prog_bar=settings.prog_bar,
+        logger=settings.logger,
         name=name + suffix,
         step_name=f"{name}_step{suffix}" if forked else name + suffix,
         epoch_name=f"{name}_epoch{suffix}" if forked else name + suffix,
         on_step=on_step,
         on_epoch=on_epoch,
         shown_early=on_step or hook.endswith("_epoch_end"),
-        op=_check_reduction(name, reduce_fx, sync_dist),
-        sync=sync_dist and not rank_zero_only,
+        op=_check_reduction(name, settings.reduce_fx, sync_dist),
+        sync=sync_dist and not settings.rank_zero_only,
         dataloader=dataloader,
     )
 
