@@ -13,7 +13,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
-from xtrain.rules import reevaluates_closure
 from xtrain.scaler import LossScaler
 from xtrain.tensors import map_tensors
 
@@ -28,7 +27,7 @@ from .options import check_choice, read_mixed
 from .policy import Policy, check_policy
 from .rules import RULES, mixes
 from .sharding import ShardedModule
-from .whole import WholeStep
+from .whole import WholeStep, looks_at_whole
 
 
 @final
@@ -86,7 +85,6 @@ class FSDP(EagerBackend):
         self.axes, self.mixed = read_mesh(mesh, replicate), read_mixed(mixed)
         self.offload, self._wanted_device = offload, device
         self._sharded: ShardedModule | None = None
-        self._whole_steps: dict[OptimizerHandle, WholeStep] = {}
         self._held: list[LayerGroup] = []  # what a gradient of a gradient may still ask for
 
     # ---------------------------------------------------------------- start-up
@@ -148,7 +146,7 @@ class FSDP(EagerBackend):
     def teardown(self) -> None:
         if self._sharded is not None:
             self._sharded.restore([o.optimizer for o in self._optimizers])
-        self._sharded, self._held, self._whole_steps = None, [], {}
+        self._sharded, self._held = None, []
 
     # ---------------------------------------------------------------- the life of a gradient
 
@@ -189,7 +187,11 @@ class FSDP(EagerBackend):
         groups = [] if self._sharded is None or self.reduce == "backward" else self._sharded.groups
         for group in groups:
             group.keep_local(free_in_backward=not (create or group.gathered))
-        super().backward(loss, *args, **kwargs)
+        try:
+            super().backward(loss, *args, **kwargs)
+        finally:
+            for group in groups:  # a gradient of a gradient, taken between backwards, must find it gathered
+                group.keep_local(free_in_backward=False)
         if create:
             return
         if not retain:
@@ -251,23 +253,17 @@ class FSDP(EagerBackend):
         return norm
 
     def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
-        if closure is None or not reevaluates_closure(optimizer.optimizer):
-            done = super().step(optimizer, closure)
+        if looks_at_whole(optimizer.optimizer):
+            whole = WholeStep(optimizer.optimizer, [p.sharded for _, p in self._in_shards(optimizer)])
+            step = super().step
+            done: tuple[Any, bool] = whole.run(lambda evaluate: step(optimizer, evaluate), closure)
         else:
-            done = self._whole_step(optimizer).run(
-                lambda evaluate: super(FSDP, self).step(optimizer, evaluate), closure
-            )
+            done = super().step(optimizer, closure)
         self._release_held()
         for group, parameter in self._in_shards(optimizer):
             group.release()
             parameter.note_step()
         return done
-
-    def _whole_step(self, optimizer: OptimizerHandle) -> WholeStep:
-        if optimizer not in self._whole_steps:
-            sharded = [p.sharded for _, p in self._in_shards(optimizer)]
-            self._whole_steps[optimizer] = WholeStep(optimizer.optimizer, list(sharded))
-        return self._whole_steps[optimizer]
 
     def step_boundary(self) -> None:
         self._release_held()

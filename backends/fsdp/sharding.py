@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from xtrain.errors import ConfigurationError, explain
 
-from .groups import LayerGroup, ShardedParameter, begin, detach, snapshot
+from .groups import LayerGroup, ShardedParameter, begin, detach, local, snapshot
 from .policy import Policy, check_shardable, find_layers, find_networks, find_plain
 
 
@@ -55,6 +55,8 @@ class ShardedModule:
         self._before: dict[nn.Module, tuple[type, set[str]]] = {}
         for network_parts in parts.values():
             for part in network_parts:
+                if plain.issuperset(part.parameters()):  # also a layer of two networks, which comes twice
+                    continue
                 _make_contiguous(part)
                 self._before[part] = snapshot(part)
                 fully_shard(
@@ -66,7 +68,7 @@ class ShardedModule:
                     ignored_params=plain,
                 )
         _move_rest(module, device, plain)
-        _begin_all(networks.values())
+        _begin_all(n for n in networks.values() if n in self._before)
         self.groups = [LayerGroup(m, originals) for m in module.modules() if m in self._before]
         self.by_shard: dict[Tensor, tuple[LayerGroup, ShardedParameter]] = {
             p.sharded: (group, p) for group in self.groups for p in group.parameters
@@ -185,9 +187,14 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def part_of(whole: Tensor, like: Tensor) -> DTensor:
+    """Return `whole`, which is the same on every rank, in the shards of `like`; nothing is sent."""
+    assert isinstance(like, DTensor)
+    mesh, device = like.device_mesh, like.to_local().device
+    spread = DTensor.from_local(whole.detach().to(device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return spread.redistribute(placements=like.placements)
+
+
 def write_back(sharded: Tensor, whole: Tensor) -> None:
     """Write this rank's part of `whole`, which is the same on every rank, into `sharded`."""
-    assert isinstance(sharded, DTensor)
-    mesh, local = sharded.device_mesh, sharded.to_local()
-    spread = DTensor.from_local(whole.detach().to(local.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    local.copy_(spread.redistribute(placements=sharded.placements).to_local())
+    local(sharded).copy_(part_of(whole, sharded).to_local())
