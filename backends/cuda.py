@@ -30,7 +30,7 @@ class CUDA(EagerBackend):
     Args:
         pin_memory: copy batches through page-locked memory, so that the copy overlaps with compute.
         broadcast_start: see `EagerBackend`.
-        timeout: likewise.
+        timeout: see `EagerBackend`.
     """
 
     name = "cuda"

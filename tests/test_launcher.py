@@ -3,7 +3,7 @@
 import pytest
 
 from xtrain import ConfigurationError, Trainer
-from xtrain.launch.auto import settle_backend, settle_precision, tell
+from xtrain.launch.auto import agreed_precision, announce, resolve_backend
 from xtrain.launch.environment import Launch, detect_launcher, wanted_processes
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -66,10 +66,10 @@ def test_launchers(row):
     ],
 )
 def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
-    monkeypatch.setattr("xtrain.launch.auto._told", set())
+    monkeypatch.setattr("xtrain.launch.auto._announced", set())
     launch = detect_launcher(environ, parent)
     with pytest.warns(UserWarning, match=f"(?s){says}"):
-        tell("cpu", None, None, launch)
+        announce("cpu", None, None, launch)
 
 
 @pytest.mark.parametrize(
@@ -102,24 +102,24 @@ def test_wanted_processes():
 
 
 def test_auto_follows_the_launcher_then_the_hardware(monkeypatch):
-    assert settle_backend("auto", detect_launcher(ZERO)) == "deepspeed"
-    assert settle_backend("auto", detect_launcher({"PJRT_DEVICE": "TPU"})) == "tpu"
-    assert settle_backend("auto", detect_launcher(ON_CPU)) == "cpu"
+    assert resolve_backend("auto", detect_launcher(ZERO)) == "deepspeed"
+    assert resolve_backend("auto", detect_launcher({"PJRT_DEVICE": "TPU"})) == "tpu"
+    assert resolve_backend("auto", detect_launcher(ON_CPU)) == "cpu"
     for found in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda found=found: found)
-        assert settle_backend("auto", Launch()) == ("cuda" if found else "cpu")
+        assert resolve_backend("auto", Launch()) == ("cuda" if found else "cpu")
 
 
 def test_what_the_script_says_must_agree_with_the_launcher():
     launch = detect_launcher({**ZERO, "ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert settle_backend("deepspeed", launch) == "deepspeed"
-    assert settle_backend("cuda", Launch()) == "cuda"
+    assert resolve_backend("deepspeed", launch) == "deepspeed"
+    assert resolve_backend("cuda", Launch()) == "cuda"
     with pytest.raises(ConfigurationError, match=r"backend='cpu', but ACCELERATE_USE_DEEPSPEED=true asks for"):
-        settle_backend("cpu", launch)
-    assert settle_precision(None, launch).name == settle_precision("bf16", launch).name == "bf16-mixed"
-    assert settle_precision(None, Launch()).name == "32-true"
+        resolve_backend("cpu", launch)
+    assert agreed_precision(None, launch).name == agreed_precision("bf16", launch).name == "bf16-mixed"
+    assert agreed_precision(None, Launch()).name == "32-true"
     with pytest.raises(ConfigurationError, match=r"precision='32-true', but ACCELERATE_MIXED_PRECISION=bf16"):
-        settle_precision("32-true", launch)
+        agreed_precision("32-true", launch)
 
 
 def test_a_trainer_says_once_what_auto_came_to(monkeypatch, capsys):

@@ -107,7 +107,7 @@ class Backend(ABC):
         in_auto: whether ``backend="auto"`` takes this backend where it is available, before the built-in ones.
         precision: set by the Trainer before `launch`.
         scaler_kwargs: options of the loss scaler, set by the Trainer before `launch`.
-        devices: number of devices asked for (None: whatever the launcher says), set likewise.
+        devices: number of devices asked for (None: whatever the launcher says), set by the Trainer before `launch`.
         device: the `torch.device` of this process, set by `launch`.
         collectives: set by `launch`; the default is a run of one process.
 

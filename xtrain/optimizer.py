@@ -40,7 +40,7 @@ Hooks = dict[str, list[Callable[..., Any]]]
 
 
 class GradientLife:
-    """What the optimizers of one run share: backend, toggles, hooks. It decides nothing for two.
+    """What the optimizers of one run share: backend, toggles, hooks. Each has a phase and counters of its own.
 
     Args:
         backend: executes the verbs.

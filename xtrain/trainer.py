@@ -17,14 +17,14 @@ from xtrain.data.batches import empty_loader
 from xtrain.data.datamodule import LightningDataModule
 from xtrain.data.loaders import read_loaders
 from xtrain.errors import ConfigurationError, explain
-from xtrain.launch.auto import settle
+from xtrain.launch.auto import resolve
 from xtrain.loggers import as_loggers
 from xtrain.module import LightningModule
 from xtrain.registry import make_backend
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.evaluation import accept_arguments, evaluate
 from xtrain.run.plan import plan_fit
-from xtrain.run.setup import running
+from xtrain.run.setup import started_run
 from xtrain.run.state import Progress, Run, TrainerState
 
 
@@ -40,13 +40,13 @@ class Trainer(TrainerState):
         scaler_kwargs: options of the loss scaler of ``16-mixed``, named as `torch.amp.GradScaler`'s.
         devices: number of devices; None or "auto" takes what the launcher started, or one.
         accelerator: Lightning's spelling of the backend, understood for modules that move over.
-        strategy: likewise.
+        strategy: Lightning's spelling of how it is distributed.
         max_epochs: epochs to train; -1 is unlimited. Default: 1000, or unlimited if `max_steps` is given.
         max_steps: stop after so many training steps in which an optimizer stepped; -1 is unlimited.
         limit_train_batches: batches per epoch, as a number or a fraction; so do the other limits.
-        limit_val_batches: see there.
-        limit_test_batches: see there.
-        limit_predict_batches: see there.
+        limit_val_batches: of validation, as for training.
+        limit_test_batches: of testing.
+        limit_predict_batches: of prediction.
         fast_dev_run: run so many batches (True: 1) of everything, without loggers.
         num_sanity_val_steps: validation batches before training; -1 is all of them.
         check_val_every_n_epoch: epochs between validations; None counts `val_check_interval` across epochs.
@@ -108,7 +108,7 @@ class Trainer(TrainerState):
         inference_mode: bool = True,
     ) -> None:
         chosen, options = read_backend(backend, accelerator, strategy, backend_options)
-        chosen, self.precision = settle(chosen, precision, devices)
+        chosen, self.precision = resolve(chosen, precision, devices)
         self.backend = make_backend(chosen, options)
         self.backend.precision, self.backend.scaler_kwargs = self.precision, scaler_kwargs
         self.backend.devices = None if devices == "auto" else check_count("devices", devices, 1)
@@ -169,7 +169,7 @@ class Trainer(TrainerState):
             train_dataloaders, datamodule = None, train_dataloaders
         check_count("steps", steps, 1)
         plan = partial(plan_fit, train=train_dataloaders, val=val_dataloaders, steps=steps)
-        with running(self, "fit", model, datamodule, plan) as run:
+        with started_run(self, "fit", model, datamodule, plan) as run:
             self._train(run)
 
     def validate(
@@ -208,7 +208,7 @@ class Trainer(TrainerState):
     def _evaluate(self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
-        with running(self, stage, self.lightning_module if model is None else model, datamodule) as run:
+        with started_run(self, stage, self.lightning_module if model is None else model, datamodule) as run:
             found = read_loaders(stage, loaders, (run.datamodule, run.module), self.backend.collectives)
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))

@@ -24,7 +24,7 @@ from ..eager.scaling import ScalingBackend
 from .config import check_precision, engine_config, read_config
 from .engine import OptimizerEngine, give_gradient
 from .rules import RULES
-from .sharding import ShardedModule, Undo
+from .sharding import Attachments, ShardedModule
 from .state import EngineState
 
 
@@ -39,7 +39,7 @@ class DeepSpeed(ScalingBackend):
         stage: ZeRO stage, 0 to 3; default: the `config`'s, else 2.
         offload_optimizer: where optimizer state lives: ``"cpu"``, a dict of DeepSpeed's options, or None
             for the device.
-        offload_param: likewise for the parameters of stage 3.
+        offload_param: as `offload_optimizer`, for the parameters of stage 3.
         config: a DeepSpeed configuration, as a dict or the path of a JSON file. What xtrain or the
             Trainer owns (accumulation, clipping, precision, batch size) may be left out, ``"auto"``,
             or agree.
@@ -72,7 +72,7 @@ class DeepSpeed(ScalingBackend):
         self.timeout = timedelta(seconds=timeout)
         self._engines: dict[OptimizerHandle, OptimizerEngine] = {}
         self._sharded: ShardedModule | None = None
-        self._undo: Undo | None = None
+        self._attachments: Attachments | None = None
 
     # ---------------------------------------------------------------- start-up
 
@@ -117,7 +117,7 @@ class DeepSpeed(ScalingBackend):
         if self.stage:
             partitioned = [names] if self.stage == 3 else [{p: n for n, p in named.items()} for named in owned]
             _check_dtypes(partitioned, self.precision.parameter_dtype or torch.float32)
-        self._undo = Undo(module)
+        self._attachments = Attachments(module)
         if self.stage == 3:
             self._sharded = ShardedModule(module, engine_config(self.config, names, self.precision))
         self._engines = {
@@ -141,9 +141,9 @@ class DeepSpeed(ScalingBackend):
             self._sharded.restore()
         for engine in self._engines.values():
             engine.destroy()
-        if self._undo is not None:
-            self._undo.restore()
-        self._engines, self._sharded, self._undo = {}, None, None
+        if self._attachments is not None:
+            self._attachments.restore()
+        self._engines, self._sharded, self._attachments = {}, None, None
 
     # ---------------------------------------------------------------- the life of a gradient
 

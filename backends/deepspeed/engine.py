@@ -22,7 +22,7 @@ from xtrain.errors import ConfigurationError, explain
 from .layout import read_groups
 
 
-class Owner(nn.Module):
+class ParameterContainer(nn.Module):
     """What DeepSpeed takes for the model: the parameters of one optimizer, and no submodules.
 
     Args:
@@ -60,7 +60,7 @@ def _broadcastable(model: nn.Module) -> Iterator[None]:
     forget the dimension, and xtrain has already sent every rank the same parameters.
     """
     parameters: list[Any] = [p for p in model.parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
-    whole = isinstance(model, Owner)
+    whole = isinstance(model, ParameterContainer)
     for parameter in parameters:
         if whole:
             parameter.ds_optim_param = True
@@ -114,7 +114,7 @@ class OptimizerEngine:
         self._collectives, self._device = collectives, device
         self._raw = optimizer.optimizer
         self.layout = read_groups(self._raw.param_groups, {p: name for name, p in named.items()})
-        self.engine = make_engine(Owner(named), config, self._raw)
+        self.engine = make_engine(ParameterContainer(named), config, self._raw)
         self._groups = len(self._raw.param_groups)  # DeepSpeed has dropped the empty ones
         self.zero = self.engine.optimizer
         self._offloaded = self.stage > 0 and bool(

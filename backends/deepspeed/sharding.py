@@ -15,7 +15,7 @@ from .engine import make_engine
 _HOLD = -1  # no submodule has this id, so DeepSpeed never sees the last user of a held parameter leave
 
 
-class Undo:
+class Attachments:
     """What DeepSpeed attaches to a module and its parameters, and how it is taken off again.
 
     Args:

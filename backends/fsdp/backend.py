@@ -49,7 +49,7 @@ class FSDP(EagerBackend):
         methods: what uses a network's parameters beside its forward: ``["vae.encode", "vae.decode"]``.
         device: ``"cpu"`` rehearses on a machine with GPUs; default: the GPU of this process, if there is one.
         broadcast_start: see `EagerBackend`.
-        timeout: likewise.
+        timeout: see `EagerBackend`.
 
     Raises:
         ConfigurationError: for an option that means nothing.

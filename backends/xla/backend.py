@@ -30,9 +30,9 @@ from .guard import RecompileGuard
 from .lbfgs import HostLBFGS
 from .mesh import Mesh, check_axes
 from .move import move_module, move_optimizer
-from .replicas import Meeting, Replicas
+from .replicas import Rendezvous, Replicas
 from .runtime import Runtime
-from .steps import Step, Taken
+from .steps import RatesInUse, Step
 
 logger = logging.getLogger("xtrain")
 
@@ -90,7 +90,7 @@ class XLA(Backend):
         self._steps: dict[int, Step | HostLBFGS] = {}
         self._optimizers: Sequence[OptimizerHandle] = ()
         self._hooks: list[Any] = []
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     # ---------------------------------------------------------------- start-up
 
@@ -111,12 +111,14 @@ class XLA(Backend):
         folder = self._cache_folder()
         self._runtime = runtime = Runtime(spmd=axes is not None, cache=folder)
         if folder is not None and not runtime.cached:
-            self._tell(f"No graph is kept in {folder}: others were compiled before, or are kept in another folder.")
+            self._warn_once(
+                f"No graph is kept in {folder}: others were compiled before, or are kept in another folder."
+            )
         self.device = runtime.device
         self._mesh = None if axes is None else Mesh(axes, runtime)
         self.collectives = self._join_replicas() if runtime.replicas() > 1 else Collectives()
-        self._guard = RecompileGuard(runtime, self.strict, self._tell)
-        self._syncs = watch.HostSyncs(self._tell)
+        self._guard = RecompileGuard(runtime, self.strict, self._warn_once)
+        self._syncs = watch.HostSyncs(self._warn_once)
         watch.install()
         # The device has a generator of its own. A copy of torch's gives the seed, so torch.manual_seed
         # decides both, and the numbers that shuffle the data stay those of the other backends. Replicas
@@ -143,7 +145,7 @@ class XLA(Backend):
                 raise ConfigurationError(
                     explain(expected, f"none of {', '.join(missing)}", " ".join([*missing, "..."]))
                 )
-            self._runtime.meeting = Meeting.of_process(self._runtime.replicas())
+            self._runtime.rendezvous = Rendezvous.of_process(self._runtime.replicas())
         return Replicas(self._runtime)
 
     def _cache_folder(self) -> Path | None:
@@ -163,16 +165,16 @@ class XLA(Backend):
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         self._optimizers = optimizers
-        taken: Taken = {}
+        rates_in_use: RatesInUse = {}
         layout = None if self._mesh is None else self._mesh.of_state
         for optimizer in optimizers:
             raw = optimizer.optimizer
             if isinstance(raw, LBFGS):
-                self._tell("LBFGS computes on the CPU: each evaluation of its closure reads the gradients back.")
+                self._warn_once("LBFGS computes on the CPU: each evaluation of its closure reads the gradients back.")
                 average = self.collectives.all_reduce
                 self._steps[id(optimizer)] = HostLBFGS(raw, self._runtime, self._runtime.sync, average)
                 continue
-            step = Step(raw, self._runtime, taken)
+            step = Step(raw, self._runtime, rates_in_use)
             self._steps[id(optimizer)] = step
 
             def move(raw: torch.optim.Optimizer, counts: bool = step.counts_on_device) -> None:
@@ -236,10 +238,12 @@ class XLA(Backend):
 
     def _smaller_batch(self, batch: Any, full: int) -> None:
         if self.last_batch == "drop":
-            self._tell(f"A last batch with {row_count(batch)} rows instead of {full} is left out (last_batch='drop').")
+            self._warn_once(
+                f"A last batch with {row_count(batch)} rows instead of {full} is left out (last_batch='drop')."
+            )
             return
         self._guard.expect(signature(batch))
-        self._tell(
+        self._warn_once(
             f"A last batch has {row_count(batch)} rows instead of {full}: one more graph is compiled for it. "
             "backend_options={'last_batch': 'drop'} or 'pad' avoids that."
         )
@@ -286,14 +290,14 @@ class XLA(Backend):
         self._hooks.clear()
         self._steps.clear()
         self._optimizers = ()
-        if self._runtime.meeting is not None and sys.exc_info()[0] is not None:
-            self._runtime.meeting.leave()
+        if self._runtime.rendezvous is not None and sys.exc_info()[0] is not None:
+            self._runtime.rendezvous.leave()
         if self._runtime.cached:
             logger.info("compile cache: %s", self._runtime.cache_counts())
 
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             logger.warning(text)
 
 

@@ -1,7 +1,7 @@
 """Several replicas of a run, one per device, each in a process or thread that a launcher started.
 
 A rehearsal on the CPU runs them as threads, and its runtime wants more order than a TPU: graphs are
-launched one thread at a time, and all threads meet afterwards. `Meeting` brings that about.
+launched one thread at a time, and all threads meet afterwards. `Rendezvous` brings that about.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .runtime import Runtime
 T = TypeVar("T")
 
 
-class Meeting:
+class Rendezvous:
     """Where the replicas of one process meet. There is one per process: threads share nothing else of a run.
 
     Attributes:
         lock: held while a graph is launched.
     """
 
-    _shared: Meeting | None = None
+    _shared: Rendezvous | None = None
     _making = threading.Lock()
     _PATIENCE = 600.0  # seconds; another replica may be compiling
 
@@ -37,7 +37,7 @@ class Meeting:
         self._barrier = threading.Barrier(count)
 
     @classmethod
-    def of_process(cls, count: int) -> Meeting:
+    def of_process(cls, count: int) -> Rendezvous:
         """Return the meeting of this process for `count` threads; a new one if the last one broke up."""
         with cls._making:
             if cls._shared is None or cls._shared._barrier.broken or cls._shared._barrier.parties != count:

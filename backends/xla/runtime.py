@@ -19,7 +19,7 @@ from torch import Tensor
 from xtrain.errors import BackendUnavailableError, explain
 
 if TYPE_CHECKING:
-    from .replicas import Meeting
+    from .replicas import Rendezvous
 
 
 class Runtime:
@@ -32,7 +32,7 @@ class Runtime:
     Attributes:
         device: the device of this process or thread.
         cached: whether compiled graphs are kept in the folder `cache`.
-        meeting: set where several threads of this process launch graphs together.
+        rendezvous: set where several threads of this process launch graphs together.
         xm: ``torch_xla.core.xla_model``.
         xr: ``torch_xla.runtime``.
 
@@ -52,7 +52,7 @@ class Runtime:
         self.xm, self.xr, self._metrics = xm, xr, metrics
         self._private = torch_xla._XLAC
         self._sync = torch_xla.sync
-        self.meeting: Meeting | None = None
+        self.rendezvous: Rendezvous | None = None
         self._never: Tensor | None = None
         self.cached = cache is not None and self._keep_graphs(cache)
         if spmd and not xr.is_spmd():
@@ -103,10 +103,10 @@ class Runtime:
 
     def sync(self) -> None:
         """Launch everything that was traced, as one graph. Does not wait for it."""
-        if self.meeting is None:
+        if self.rendezvous is None:
             self._sync()
         else:
-            self.meeting.launch(self._sync)
+            self.rendezvous.launch(self._sync)
 
     def all_reduce(self, kind: str, tensors: list[Tensor], scale: float) -> list[Tensor]:
         """Reduce fresh `tensors` in place over the replicas, multiply by `scale`, and return them."""
@@ -170,7 +170,7 @@ class Runtime:
 
     def compiles(self) -> int:
         """Return the number of graphs compiled in this process, 0 where threads that share it would see each other."""
-        if self.meeting is not None:
+        if self.rendezvous is not None:
             return 0
         return int(self._metrics.counter_value("UncachedCompile") or 0)
 

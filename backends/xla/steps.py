@@ -24,7 +24,7 @@ _CAPTURABLE = (*_TENSOR_LR, Rprop)
 _TINY = 1e-30
 _SETTINGS: tuple[str, ...] = ("lr", "foreach", "fused", "capturable")
 
-Taken = dict[tuple[int, int], float]
+RatesInUse = dict[tuple[int, int], float]
 
 
 class Step:
@@ -33,11 +33,11 @@ class Step:
     Args:
         optimizer: the raw torch optimizer.
         runtime: knows the device.
-        taken: learning rates in use as numbers, shared by the optimizers of a run.
+        rates_in_use: learning rates in use as numbers, shared by the optimizers of a run.
     """
 
-    def __init__(self, optimizer: Optimizer, runtime: Runtime, taken: Taken) -> None:
-        self._optimizer, self._runtime, self._taken = optimizer, runtime, taken
+    def __init__(self, optimizer: Optimizer, runtime: Runtime, rates_in_use: RatesInUse) -> None:
+        self._optimizer, self._runtime, self._rates_in_use = optimizer, runtime, rates_in_use
         self._capturable = type(optimizer) in _CAPTURABLE
         self._tensor_lr = type(optimizer) in (*_TENSOR_LR, SGD)
         self._sent: dict[tuple[int, Callable[[int, float], Any]], tuple[float, Any]] = {}
@@ -96,10 +96,10 @@ class Step:
     def _apart(self, index: int, lr: float) -> float:
         """Return `lr`, moved by an ulp or two of fp32 off 1, what a script writes, and other optimizers' numbers."""
         mine = (id(self), index)
-        others = {1.0, *(value for key, value in self._taken.items() if key != mine)}
+        others = {1.0, *(value for key, value in self._rates_in_use.items() if key != mine)}
         value = torch.tensor(lr, dtype=torch.float32)
         value = torch.nextafter(value, torch.zeros(()))
         while value.item() in others:
             value = torch.nextafter(value, torch.zeros(()))
-        self._taken[mine] = value.item()
+        self._rates_in_use[mine] = value.item()
         return value.item()

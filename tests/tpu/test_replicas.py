@@ -246,11 +246,11 @@ def test_replicas_draw_other_noise_and_stay_the_same():
 def by_hand(rank: int, how: str) -> list[float]:
     """The same training without xtrain, wrong in one of two usual ways."""
     import torch_xla.core.xla_model as xm
-    from xtrain_backends.xla.replicas import Meeting, Replicas
+    from xtrain_backends.xla.replicas import Rendezvous, Replicas
     from xtrain_backends.xla.runtime import Runtime
 
     runtime = Runtime()
-    runtime.meeting = Meeting.of_process(WORLD)
+    runtime.rendezvous = Rendezvous.of_process(WORLD)
     net = Net("plain").to(runtime.device)
     pairs = list(zip((net.a, net.b), net.configure_optimizers(), strict=True))
     runtime.sync()

@@ -16,10 +16,10 @@ from xtrain.launch.join import current_launch
 from xtrain.precision import Precision, resolve_precision
 from xtrain.registry import get_backend_class, registered_backends, third_party_backends
 
-_told: set[str] = set()
+_announced: set[str] = set()
 
 
-def settle(
+def resolve(
     chosen: str | Backend, precision: str | int | None, devices: int | str | None
 ) -> tuple[str | Backend, Precision]:
     """Return backend and precision of a Trainer with these arguments in this process.
@@ -28,12 +28,12 @@ def settle(
         ConfigurationError: if one of them contradicts the launcher.
     """
     launch = current_launch()
-    settled = settle_backend(chosen, launch), settle_precision(precision, launch)
-    tell(chosen, precision, devices, launch)
-    return settled
+    chosen_pair = resolve_backend(chosen, launch), agreed_precision(precision, launch)
+    announce(chosen, precision, devices, launch)
+    return chosen_pair
 
 
-def settle_backend(chosen: str | Backend, launch: Launch) -> str | Backend:
+def resolve_backend(chosen: str | Backend, launch: Launch) -> str | Backend:
     """Return the backend: `chosen`, or what ``"auto"`` stands for under `launch`.
 
     Raises:
@@ -50,7 +50,7 @@ def settle_backend(chosen: str | Backend, launch: Launch) -> str | Backend:
     raise ConfigurationError(explain("script and launcher to agree on the backend", received, fix))
 
 
-def settle_precision(precision: str | int | None, launch: Launch) -> Precision:
+def agreed_precision(precision: str | int | None, launch: Launch) -> Precision:
     """Return the policy for `precision`; None takes the launcher's, else ``"32-true"``.
 
     Raises:
@@ -64,21 +64,21 @@ def settle_precision(precision: str | int | None, launch: Launch) -> Precision:
     raise ConfigurationError(explain("script and launcher to agree on the precision", received, fix))
 
 
-def tell(backend: str | Backend, precision: str | int | None, devices: int | str | None, launch: Launch) -> None:
+def announce(backend: str | Backend, precision: str | int | None, devices: int | str | None, launch: Launch) -> None:
     """Say once, on rank 0, what was chosen and where it comes from; pass on what is suspicious about the launch.
 
     Args:
-        backend: as given to the Trainer, like the next two; only ``"auto"`` is explained.
-        precision: see there.
-        devices: see there.
+        backend: as given to the Trainer; only ``"auto"`` is explained.
+        precision: as given to the Trainer.
+        devices: as given to the Trainer.
         launch: what the launcher said.
     """
     if launch.rank != 0:
         return
     for text in launch.warnings:
-        if text not in _told:
+        if text not in _announced:
             warnings.warn(text, UserWarning, stacklevel=4)
-    _told.update(launch.warnings)
+    _announced.update(launch.warnings)
     if backend != AUTO:
         return
     chosen, why = _resolve(launch)
@@ -86,11 +86,11 @@ def tell(backend: str | Backend, precision: str | int | None, devices: int | str
     counted = f"{launch.launcher}, {launch.sources['world_size']}" if launch.joined else "no launcher"
     processes = launch.world_size if launch.joined or devices in (None, AUTO) else devices
     text = (
-        f"xtrain: backend={chosen} ({why}); precision={settle_precision(precision, launch).name} ({said}); "
+        f"xtrain: backend={chosen} ({why}); precision={agreed_precision(precision, launch).name} ({said}); "
         f"processes={processes} ({'given' if processes == devices and not launch.joined else counted})"
     )
-    if text not in _told:
-        _told.add(text)
+    if text not in _announced:
+        _announced.add(text)
         print(text, file=sys.stderr, flush=True)
 
 

@@ -28,11 +28,11 @@ class Launch:
         launcher: ``python`` (nobody), ``xtrain`` (this package, for ``devices=N``), ``torchrun``,
             ``accelerate``, ``accelerate-tpu``, ``mpi``, ``slurm``, or ``environment``.
         rank: number of this process, from 0.
-        local_rank: likewise, among those of this machine.
+        local_rank: its number among those of this machine.
         world_size: number of processes.
-        local_world_size: likewise, on this machine; None if the launcher does not say.
+        local_world_size: number of processes on this machine; None if the launcher does not say.
         backend: the backend the launcher asked for, or None.
-        precision: likewise.
+        precision: the precision it asked for, or None.
         warnings: what is suspicious about it.
         sources: where each value came from, as ``NAME=value``.
     """

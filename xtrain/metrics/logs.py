@@ -79,20 +79,20 @@ class Logs:
 
         Args:
             dictionary: values by name; a ``torchmetrics.MetricCollection`` too.
-            prog_bar: as in `log`, like all that follow.
-            logger: see there.
-            on_step: see there.
-            on_epoch: see there.
-            reduce_fx: see there.
-            sync_dist: see there.
-            add_dataloader_idx: see there.
-            batch_size: see there.
-            metric_attribute: see there.
-            rank_zero_only: see there.
-            **unknown: see there.
+            prog_bar: as in `log`.
+            logger: as in `log`.
+            on_step: as in `log`.
+            on_epoch: as in `log`.
+            reduce_fx: as in `log`.
+            sync_dist: as in `log`.
+            add_dataloader_idx: as in `log`.
+            batch_size: as in `log`.
+            metric_attribute: as in `log`.
+            rank_zero_only: as in `log`.
+            **unknown: as in `log`.
 
         Raises:
-            ConfigurationError: see there, and for what is no dictionary.
+            ConfigurationError: as in `log`, and for what is no dictionary.
 
         Example:
             >>> self.log_dict({"loss_g": torch.tensor(0.7), "loss_d": torch.tensor(1.4)}, prog_bar=True)

@@ -21,7 +21,7 @@ from xtrain.run.state import FitPlan, Run, TrainerState
 
 
 @contextmanager
-def running(
+def started_run(
     trainer: TrainerState,
     stage: str,
     module: LightningModule,
