@@ -326,6 +326,10 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
         Args:
             key: the name it gets there.
             images: see `xtrain.loggers.values.as_pixels`. They are read at once, so log them rarely.
+
+        Example:
+            >>> self.trainer.loggers[:] = [xtrain.loggers.TensorBoardLogger("logs")]
+            >>> self.log_image("sample", torch.rand(3, 8, 8))
         """
         self.trainer.log_image(key, images)
 

@@ -280,7 +280,12 @@ class TrainerState:
         return self.backend.collectives.broadcast(value, source)
 
     def log_image(self, key: str, images: Any) -> None:
-        """Show images in the loggers; see `LightningModule.log_image`."""
+        """Show images in the loggers; see `LightningModule.log_image`.
+
+        Example:
+            >>> trainer.loggers[:] = [xtrain.loggers.TensorBoardLogger("logs")]
+            >>> trainer.log_image("sample", torch.rand(3, 8, 8))
+        """
         if (
             self.is_global_zero
             and not self.sanity_checking
