@@ -330,6 +330,7 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
         Example:
             >>> self.trainer.loggers[:] = [xtrain.loggers.TensorBoardLogger("logs")]
             >>> self.log_image("sample", torch.rand(3, 8, 8))
+            >>> self.trainer.loggers[0].finalize("success")
         """
         self.trainer.log_image(key, images)
 

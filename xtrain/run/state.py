@@ -285,6 +285,7 @@ class TrainerState:
         Example:
             >>> trainer.loggers[:] = [xtrain.loggers.TensorBoardLogger("logs")]
             >>> trainer.log_image("sample", torch.rand(3, 8, 8))
+            >>> trainer.loggers[0].finalize("success")
         """
         if (
             self.is_global_zero
