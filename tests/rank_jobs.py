@@ -109,7 +109,7 @@ def overflow(world_size, rank):
     module = Overflowing()
     trainer = make_trainer("cpu", "16-mixed", {}, max_epochs=1, nonfinite_loss="ignore")
     trainer.fit(module, batches(4, world_size, rank))
-    return [[o.step_count, o.skipped_steps] for o in trainer.optimizers], trainer.backend.scaler.current_scale
+    return [[o.step_count, o.skipped_steps] for o in trainer.run.life.optimizers], trainer.backend.scaler.current_scale
 
 
 class RawStepAfterFailedClosure(Gan):

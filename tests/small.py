@@ -69,7 +69,9 @@ class Automatic(Small):
 
 
 def trainer(**options: Any) -> Trainer:
-    """A Trainer for one epoch, unless told otherwise, without a progress bar."""
+    """A Trainer for one epoch on the CPU, unless told otherwise, without a progress bar."""
+    if not options.keys() & {"backend", "accelerator", "strategy"}:
+        options["backend"] = "cpu"
     if not options.keys() & {"max_epochs", "max_steps", "fast_dev_run"}:
         options["max_epochs"] = 1
     return Trainer(**{"enable_progress_bar": False, **options})

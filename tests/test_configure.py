@@ -269,7 +269,7 @@ class OneCycle(Automatic):
 def test_configure_optimizers_sees_how_long_training_will_be(options, endless):
     module, run = OneCycle(), trainer(**options)
     run.fit(module, itertools.repeat(rows(2)) if endless else loader(5))
-    assert module.expected == run.optimizers[0].step_count == run.global_step
+    assert module.expected == run.run.life.optimizers[0].step_count == run.global_step
 
 
 def test_how_long_training_will_be_is_infinite_where_nothing_says_it():

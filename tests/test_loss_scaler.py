@@ -205,7 +205,7 @@ def test_applied_counts_and_skips():
 
     options = {"scaler_kwargs": {"init_scale": 4.0}, "nonfinite_loss": "ignore"}
     module, run = trained(module=Overflowing(), precision="16-mixed", **options)
-    (optimizer,) = run.optimizers
+    (optimizer,) = run.run.life.optimizers
     assert module.seen == [True, False, True, False]
     assert (optimizer.step_count, optimizer.skipped_steps, run.global_step) == (2, 2, 2)
     assert run.backend.scaler.current_scale == 1.0

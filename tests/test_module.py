@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import SCALED, Small, assert_equal, loader, net, rows, says, trained, trainer
 
-from xtrain import ConfigurationError, LightningModule
+from xtrain import ConfigurationError, LightningModule, ProtocolError
 from xtrain.callbacks import Callback
 
 # ---------------------------------------------------------------- copies
@@ -241,8 +241,8 @@ def test_clean_up_that_fails_still_finishes(hook):
     with pytest.raises((KeyError, RuntimeError)):
         run.fit(module, loader())
     assert not run.training
-    with pytest.raises(RuntimeError):
-        module.optimizers()
+    with pytest.raises(ProtocolError):
+        module.toggle_optimizer(module.optimizers())
     del type(module).training_step
     assert trained(module=module)[0].seen == [0, 1, 2, 3]
 
@@ -250,7 +250,7 @@ def test_clean_up_that_fails_still_finishes(hook):
 def test_guards_of_a_scaled_run_end_with_it():
     """Afterwards the parameters and the raw optimizer are the user's own again."""
     module, run = trained(**SCALED)
-    (optimizer,) = run.optimizers
+    (optimizer,) = run.run.life.optimizers
     module.loss(rows(2)).backward()
     optimizer.optimizer.step()
 

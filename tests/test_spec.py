@@ -55,7 +55,7 @@ def test_your_own_optimizer():
 
 def test_the_wrapper_answers_for_the_optimizer_it_wraps():
     _, run = trained()
-    (wrapped,) = run.optimizers
+    (wrapped,) = run.run.life.optimizers
     saved = copy.deepcopy(wrapped.state_dict())
     wrapped.param_groups[0]["lr"] = 0.7
     assert wrapped.optimizer.param_groups[0]["lr"] == 0.7
@@ -214,7 +214,7 @@ def test_gan_also_at_different_frequencies(toggle, every):
     reference, losses = plain_gan(every, epochs=2)
     assert_equal(module, reference)
     assert {name: value.item() for name, value in run.callback_metrics.items()} == pytest.approx(losses)
-    g_opt, d_opt = run.optimizers
+    g_opt, d_opt = run.run.life.optimizers
     assert (g_opt.step_count, d_opt.step_count) == (8, 8 // every)
 
 

@@ -145,5 +145,5 @@ def test_closure(make, precision):
     assert_equal(module.net, plain(update, epochs=2, optimizer=make))
     assert module.seen == pytest.approx(losses)
     assert isinstance(module.returned, torch.Tensor)
-    assert run.optimizers[0].applied
-    assert run.global_step == run.optimizers[0].step_count == 8
+    assert run.run.life.optimizers[0].applied
+    assert run.global_step == run.run.life.optimizers[0].step_count == 8

@@ -13,9 +13,9 @@ from xtrain.registry import make_backend
 @pytest.mark.parametrize(
     ("backend", "accelerator", "strategy", "expected"),
     [
-        (None, None, None, ("cpu", {})),
+        (None, None, None, ("auto", {})),
         ("cuda", None, None, ("cuda", {})),
-        (None, "auto", "auto", ("cpu", {})),
+        (None, "auto", "auto", ("auto", {})),
         (None, "cpu", None, ("cpu", {})),
         (None, "gpu", None, ("cuda", {})),
         (None, "cuda", "ddp", ("cuda", {})),

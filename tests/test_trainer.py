@@ -156,7 +156,7 @@ class Alternating(Small):
 
 def test_global_step_counts_training_steps_and_each_optimizer_its_own():
     module, run = trained(loader(10), Alternating())
-    critic, generator = run.optimizers
+    critic, generator = run.run.life.optimizers
     assert (run.global_step, critic.step_count, generator.step_count) == (10, 10, 2)
     assert module.counts[-1] == (9, 10, 2)  # inside a step, global_step counts those before it
 
@@ -183,7 +183,7 @@ def test_batch_without_a_step_does_not_count():
 @pytest.mark.parametrize(("batches", "every", "steps"), [(4, 2, 2), (5, 2, 3), (4, 8, 1)])
 def test_accumulation_steps_also_at_the_end_of_the_epoch(batches, every, steps):
     _, run = trained(loader(batches), Automatic(), accumulate_grad_batches=every)
-    assert run.global_step == run.optimizers[0].step_count == steps
+    assert run.global_step == run.run.life.optimizers[0].step_count == steps
 
 
 def test_step_returning_none_is_skipped_in_automatic_optimization():

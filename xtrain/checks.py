@@ -19,6 +19,8 @@ def check_limit(flag: str, value: Any) -> Any:
     """Return `value`, which is None, a number of batches, or a fraction in [0, 1]."""
     if isinstance(value, float) and 0.0 <= value <= 1.0:
         return value
+    if isinstance(value, float) and value > 1.0 and value.is_integer():
+        return int(value)
     if isinstance(value, float) or not (value is None or isinstance(value, int)):
         fix = f"Trainer({flag}=10) or Trainer({flag}=0.5)"
         raise ConfigurationError(explain(f"{flag} as a number of batches or a fraction in [0, 1]", repr(value), fix))

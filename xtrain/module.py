@@ -176,18 +176,20 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
                 where nothing is scaled, averaged or sharded.
 
         Raises:
-            ProtocolError: outside of a run.
+            ProtocolError: before the first run.
 
         Example:
             >>> opt = self.optimizers()  # generator, discriminator = self.optimizers(), if there are two
             >>> opt.optimizer is self.optimizers(use_pl_optimizer=False)
             True
         """
-        life = self._life or self._active("optimizers")
+        found = self._optimizers
+        if found is None:  # nothing was configured yet
+            self._active("optimizers")
+            return []
         if use_pl_optimizer:
-            return self._optimizers
-        raw = [o.optimizer for o in life.optimizers]
-        return raw[0] if len(raw) == 1 else raw
+            return found
+        return [o.optimizer for o in found] if isinstance(found, list) else found.optimizer
 
     def lr_schedulers(self) -> Any:
         """Return the scheduler, the list of several, or None. Their ``step`` belongs to you in manual mode.
@@ -197,7 +199,8 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
             >>> if opt.step():  # False if a gradient overflowed
             ...     self.lr_schedulers().step()
         """
-        self._active("lr_schedulers")
+        if self._trainer is None:
+            self._active("lr_schedulers")
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if not schedulers:
             return None

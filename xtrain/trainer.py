@@ -11,7 +11,9 @@ from typing import Any
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
+from xtrain.compat.arguments import check_arguments, read_devices
 from xtrain.compat.backends import read_backend
+from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
 from xtrain.data.batches import empty_loader
 from xtrain.data.datamodule import LightningDataModule
@@ -19,6 +21,7 @@ from xtrain.data.loaders import read_loaders
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import resolve
 from xtrain.loggers import as_loggers
+from xtrain.loggers.silent import SilentLogger
 from xtrain.module import LightningModule
 from xtrain.registry import make_backend
 from xtrain.run.automatic import AutomaticStep
@@ -47,7 +50,7 @@ class Trainer(TrainerState):
         limit_val_batches: of validation, as for training.
         limit_test_batches: of testing.
         limit_predict_batches: of prediction.
-        fast_dev_run: run so many batches (True: 1) of everything, without loggers.
+        fast_dev_run: run so many batches (True: 1) of everything; loggers swallow what they get.
         num_sanity_val_steps: validation batches before training; -1 is all of them.
         check_val_every_n_epoch: epochs between validations; None counts `val_check_interval` across epochs.
         val_check_interval: training batches (or fraction of an epoch) between validations.
@@ -64,6 +67,7 @@ class Trainer(TrainerState):
         enable_progress_bar: show a progress bar on rank 0.
         default_root_dir: where loggers write; default: the working directory.
         inference_mode: evaluate under `torch.inference_mode` instead of `torch.no_grad`.
+        **others: the other arguments of Lightning's Trainer, with values that change nothing here.
 
     Raises:
         ConfigurationError: for an argument that means nothing.
@@ -71,8 +75,8 @@ class Trainer(TrainerState):
     Example:
         >>> trainer = Trainer(backend="cpu", precision="bf16-mixed", max_epochs=1, enable_progress_bar=False)
         >>> trainer.fit(module, data)
-        >>> trainer.global_step, [opt.step_count for opt in trainer.optimizers]
-        (4, [4])
+        >>> trainer.global_step, trainer.lightning_module.optimizers().step_count
+        (4, 4)
     """
 
     def __init__(
@@ -82,9 +86,9 @@ class Trainer(TrainerState):
         backend_options: Mapping[str, Any] | None = None,
         precision: str | int | None = None,
         scaler_kwargs: dict[str, Any] | None = None,
-        devices: int | str | None = None,
-        accelerator: str | None = None,
-        strategy: str | None = None,
+        devices: int | str | list[int] | None = None,
+        accelerator: str | Accelerator | None = None,
+        strategy: str | Strategy | None = None,
         max_epochs: int | None = None,
         max_steps: int = -1,
         limit_train_batches: int | float | None = None,
@@ -92,47 +96,69 @@ class Trainer(TrainerState):
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         fast_dev_run: bool | int = False,
-        num_sanity_val_steps: int = 2,
+        num_sanity_val_steps: int | None = None,
         check_val_every_n_epoch: int | None = 1,
         val_check_interval: int | float | None = None,
         uneven_batches: str = "drop",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
-        log_every_n_steps: int = 50,
+        log_every_n_steps: int | None = None,
         nonfinite_loss: str = "warn",
         callbacks: Callback | list[Callback] | None = None,
         logger: Any = None,
-        enable_progress_bar: bool = True,
+        enable_progress_bar: bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         inference_mode: bool = True,
+        **others: Any,
     ) -> None:
+        check_arguments(others, Trainer)
+        count = check_count("devices", read_devices(devices), 1)
         chosen, options = read_backend(backend, accelerator, strategy, backend_options)
-        chosen, self.precision = resolve(chosen, precision, devices)
+        chosen, self.precision = resolve(chosen, precision, count)
         self.backend = make_backend(chosen, options)
         self.backend.precision, self.backend.scaler_kwargs = self.precision, scaler_kwargs
-        self.backend.devices = None if devices == "auto" else check_count("devices", devices, 1)
-        quick = check_count("fast_dev_run", int(fast_dev_run), 0)
-        self.max_epochs = 1 if quick else check_count("max_epochs", max_epochs, -1)
-        self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
-        self.limit_train_batches = quick or check_limit("limit_train_batches", limit_train_batches)
-        self.limit_val_batches = quick or check_limit("limit_val_batches", limit_val_batches)
-        self.limit_test_batches = quick or check_limit("limit_test_batches", limit_test_batches)
-        self.limit_predict_batches = quick or check_limit("limit_predict_batches", limit_predict_batches)
-        self.num_sanity_val_steps = 0 if quick else check_count("num_sanity_val_steps", num_sanity_val_steps, -1)
-        self.check_val_every_n_epoch = check_count("check_val_every_n_epoch", check_val_every_n_epoch, 1)
-        self.val_check_interval = check_interval(val_check_interval, check_val_every_n_epoch)
+        self.backend.devices = count
+        self._read_ends(fast_dev_run, max_epochs, max_steps)
+        self._read_limits(limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches)
+        self._read_validation(num_sanity_val_steps, check_val_every_n_epoch, val_check_interval)
         self.uneven_batches = check_choice("uneven_batches", str(uneven_batches), "drop", "finish")
         self.accumulate_grad_batches = check_count("accumulate_grad_batches", accumulate_grad_batches, 1)
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
-        self.log_every_n_steps = check_count("log_every_n_steps", log_every_n_steps, 0)
+        every = 50 if log_every_n_steps is None else log_every_n_steps
+        self.log_every_n_steps = check_count("log_every_n_steps", every, 0)
         self.inference_mode = inference_mode
-        self.default_root_dir = os.fspath(default_root_dir or Path.cwd())
-        self.loggers = [] if quick else as_loggers(logger, self.default_root_dir)
-        self.callbacks = _with_progress_bar(callbacks, enable_progress_bar)
+        root = default_root_dir or Path.cwd()
+        self.default_root_dir = os.path.expanduser(root)  # noqa: PTH111  # a Path would change "s3://bucket"
+        loggers = as_loggers(logger, self.default_root_dir)
+        self.loggers = [SilentLogger()] if fast_dev_run and loggers else loggers
+        self.callbacks = _with_progress_bar(callbacks, enable_progress_bar is not False)
         self.progress = Progress()
+
+    def _read_ends(self, fast_dev_run: bool | int, max_epochs: int | None, max_steps: int | None) -> None:
+        """Set how long a fit goes on; a fast run is one epoch of so many batches, whatever else was asked for."""
+        check_count("fast_dev_run", int(fast_dev_run), 0)
+        self.fast_dev_run = fast_dev_run
+        self.max_epochs = check_count("max_epochs", max_epochs, -1)
+        self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
+        if fast_dev_run:
+            self.max_epochs, self.max_steps = 1, -1
+
+    def _read_limits(self, train: Any, val: Any, test: Any, predict: Any) -> None:
+        quick = int(self.fast_dev_run)
+        self.limit_train_batches = quick or check_limit("limit_train_batches", train)
+        self.limit_val_batches = quick or check_limit("limit_val_batches", val)
+        self.limit_test_batches = quick or check_limit("limit_test_batches", test)
+        self.limit_predict_batches = quick or check_limit("limit_predict_batches", predict)
+
+    def _read_validation(self, sanity: int | None, epochs: int | None, interval: int | float | None) -> None:
+        self.num_sanity_val_steps = 2 if sanity is None else check_count("num_sanity_val_steps", sanity, -1)
+        self.check_val_every_n_epoch = check_count("check_val_every_n_epoch", epochs, 1)
+        self.val_check_interval = check_interval(interval, epochs)
+        if self.fast_dev_run:  # it validates, after the last of its batches
+            self.num_sanity_val_steps, self.check_val_every_n_epoch, self.val_check_interval = 0, 1, None
 
     # ---------------------------------------------------------------- what users call
 
@@ -212,6 +238,7 @@ class Trainer(TrainerState):
             found = read_loaders(stage, loaders, (run.datamodule, run.module), self.backend.collectives)
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
+            run.loaders[stage] = found
             return evaluate(run, stage, found)
 
     # ---------------------------------------------------------------- the loop
@@ -243,7 +270,7 @@ class Trainer(TrainerState):
         backend, metrics, life, plan, progress = self.backend, run.metrics, run.life, run.plan, self.progress
         at_start, at_end = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
         run.call("on_train_epoch_start")
-        progress.batch_idx = -1
+        progress.batch_idx, progress.first_batch = -1, progress.batches
         for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
             progress.batch_idx, progress.is_last_batch = index, last
             batch = run.transfer(batch, 0)

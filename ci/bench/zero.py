@@ -213,7 +213,7 @@ class Measured(xtrain.Callback):
         self.before_step = max(self.before_step, resident() - self._start)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.run.life.optimizers:
             optimizer.zero_grad()
         self.between = resident() - self._start
 

@@ -176,7 +176,7 @@ def jump(optimizers: Any) -> None:
 class JumpingGan(Gan):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 6:
-            jump(self.trainer.optimizers)
+            jump(self.trainer.run.life.optimizers)
 
 
 def late_run(names: list[str]) -> dict[str, Any]:

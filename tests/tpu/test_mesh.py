@@ -59,7 +59,7 @@ def on_mesh(mesh: dict[str, int] | None, sizes: list[int], devices: int | None =
     layout = torch_xla._XLAC._get_xla_sharding_spec
     found = {"rows": count.rows, "batch": layout(module.batch["x"]), "scalar": layout(module.batch["factor"])}
     found["weight"] = layout(module.a[0].weight)
-    adam = module.trainer.optimizers[1]
+    adam = module.trainer.run.life.optimizers[1]
     found["moment"] = layout(adam.state[module.b.weight]["exp_avg"])
     plain = Net()
     Trainer("cpu", max_epochs=1, enable_progress_bar=False).fit(plain, data(sizes))

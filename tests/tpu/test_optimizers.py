@@ -52,7 +52,7 @@ def data() -> list[torch.Tensor]:
 
 def fit(module: LightningModule, backend: str = "tpu", **options: Any) -> Any:
     Trainer(backend, max_epochs=1, enable_progress_bar=False, **options).fit(module, data())
-    return module.trainer.optimizers[0]
+    return module.trainer.run.life.optimizers[0]
 
 
 def by_hand(module: Any) -> Any:

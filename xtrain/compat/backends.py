@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, explain
 from xtrain.registry import registered_backends, third_party_backends
@@ -27,7 +28,6 @@ STRATEGIES: Spellings = {
     **{f"deepspeed_stage_{n}_offload": ("deepspeed", {"stage": n, "offload_optimizer": "cpu"}) for n in (2, 3)},
 }
 AUTO = "auto"
-DEFAULT_BACKEND = "cpu"
 HARDWARE, FALLBACK = ("cuda",), "cpu"  # what "auto" looks for, in this order, unless a launcher asks for something else
 # Variables of launchers, and the backend each asks for if it is true; the first that is counts.
 WISHES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_CPU": "cpu"}
@@ -36,8 +36,8 @@ REPLICAS = "tpu"  # what torch_xla.launch and accelerate's own launcher of repli
 
 def read_backend(
     backend: str | Backend | None,
-    accelerator: str | None,
-    strategy: str | None,
+    accelerator: str | Accelerator | None,
+    strategy: str | Strategy | None,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[str | Backend, dict[str, Any]]:
     """Return the backend that three spellings agree on, and its options: those given and those implied.
@@ -45,9 +45,8 @@ def read_backend(
     Raises:
         ConfigurationError: for an unknown spelling, or two that disagree.
     """
-    default = DEFAULT_BACKEND
     if backend == AUTO:
-        backend, default = None, AUTO
+        backend = None
     named: dict[str, str] = {}
     options = dict(given or {})
     # A strategy is more specific than the accelerator it runs on, so it comes last and counts alone.
@@ -55,7 +54,7 @@ def read_backend(
         name, implied = (None, {}) if value in (None, AUTO) else _look_up(flag, value, table)
         if name is not None:
             named = {f"{flag}={value!r}": name}
-            options = _agreed_options(f"{flag}={value!r}", name, implied, options)
+        options = _agreed_options(f"{flag}={value!r}", name, implied, options)
     if backend is not None:
         name = backend if isinstance(backend, str) else backend.name
         places = registered_backends()  # aliases have the same place
@@ -65,11 +64,11 @@ def read_backend(
                     explain(f"backend and {spelling} to agree", f"backend={name!r}", f"Trainer(backend={other!r})")
                 )
         return backend, options
-    return next(iter(named.values()), default), options
+    return next(iter(named.values()), AUTO), options
 
 
 def _agreed_options(
-    spelling: str, backend: str, implied: Mapping[str, Any], given: Mapping[str, Any]
+    spelling: str, backend: str | None, implied: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     for option, value in implied.items():
         if given.get(option, value) != value:
@@ -80,6 +79,8 @@ def _agreed_options(
 
 
 def _look_up(flag: str, value: Any, table: Spellings) -> tuple[str | None, Mapping[str, Any]]:
+    if isinstance(value, Strategy | Accelerator):
+        return value.backend, value.options
     if value in table:
         return table[value]
     for cls in third_party_backends():  # imported only for a spelling that nobody else knows

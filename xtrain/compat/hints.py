@@ -129,7 +129,6 @@ HINTS: dict[str, str] = {
     "BasePredictionWriter": "torch.save(outputs, path) in on_predict_batch_end",
     "CheckpointHooks": "self.register_buffer(...) for what the state_dict shall hold",
     "DeviceStatsMonitor": "self.log('memory', float(torch.cuda.max_memory_allocated())) in training_step",
-    "DummyLogger": "Trainer(logger=None)",
     "EarlyStopping": "trainer.should_stop = True in on_validation_epoch_end",
     "Fabric": "xtrain.Trainer; for a loop of your own the package accelerate",
     "GradientAccumulationScheduler": "Trainer(accumulate_grad_batches=4), or manual optimization",

@@ -74,6 +74,7 @@ def _validation_loaders(run: Run, val: Any) -> list[Any]:
     if found and not is_overridden("validation_step", run.module, LightningModule):
         warnings.warn("There are validation loaders, but no validation_step: nothing is validated.", stacklevel=2)
         return []
+    run.loaders["validate"] = found
     return found
 
 

@@ -18,6 +18,7 @@ from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
 from xtrain.rules import check_rules
 from xtrain.run.state import FitPlan, Run, TrainerState
+from xtrain.stages import TrainerFn
 
 
 @contextmanager
@@ -52,9 +53,9 @@ def started_run(
         clean_up.callback(backend.teardown)
         run = _begin(trainer, stage, module, datamodule)
         clean_up.callback(_end, run)
-        clean_up.callback(run.call, "teardown", stage)
+        clean_up.callback(run.call, "teardown", run.called)
         if datamodule is not None:
-            clean_up.callback(datamodule.teardown, stage)
+            clean_up.callback(datamodule.teardown, run.called)
         try:
             _set_up(run, plan)
             clean_up.callback(run.life.toggles.clear)
@@ -63,6 +64,7 @@ def started_run(
             clean_up.enter_context(backend.random_stream())
             yield run
         except BaseException as error:
+            run.failed = True
             for logger in run.metrics.loggers:
                 logger.finalize("failed")
             run.call("on_exception", error)
@@ -80,6 +82,7 @@ def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodul
     hooks = collect_hooks(trainer, module, trainer.callbacks, Callback, metrics.reduce_epoch)
     run = Run(
         trainer=trainer,
+        called=TrainerFn(stage),
         stage=stage,
         module=module,
         datamodule=datamodule,
@@ -89,6 +92,7 @@ def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodul
         transfer=make_transfer(backend, datamodule, module),
     )
     trainer.run, trainer.should_stop = run, False
+    trainer.last_fit = run if stage == "fit" else trainer.last_fit
     module.trainer, module._life = trainer, run.life  # type: ignore[assignment]  # a Trainer is all there is
     return run
 
@@ -119,7 +123,7 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     if run.trainer.is_global_zero:
         module.prepare_data()
     _set_up_data(run)
-    run.call("setup", run.stage)
+    run.call("setup", run.called)
     module.configure_model()
     for logger in run.metrics.loggers if module.hparams and module._log_hparams else ():
         logger.log_hyperparams(module.hparams)
@@ -137,7 +141,7 @@ def _set_up_data(run: Run) -> None:
     if run.trainer.is_global_zero:
         datamodule.prepare_data()
     run.backend.collectives.barrier()
-    datamodule.setup(run.stage)
+    datamodule.setup(run.called)
 
 
 def _set_up_optimizers(run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.collectives import Collectives
+from xtrain.compat.attributes import LightningAttributes
 from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend
 from xtrain.data.batches import with_last
@@ -27,6 +28,7 @@ from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import GradientLife
 from xtrain.precision import Precision
+from xtrain.stages import TrainerFn
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class Progress:
         epoch: the number of epochs that were finished, and so the current one, from 0.
         global_step: training steps in which at least one optimizer stepped.
         batches: training batches over all epochs.
+        first_batch: those of the epochs before this one.
         batch_idx: the current batch of the epoch, from 0.
         is_last_batch: whether it is the last of its epoch.
     """
@@ -46,6 +49,7 @@ class Progress:
     epoch: int = 0
     global_step: int = 0
     batches: int = 0
+    first_batch: int = 0
     batch_idx: int = 0
     is_last_batch: bool = False
 
@@ -98,6 +102,7 @@ class Run:
 
     Attributes:
         trainer: whose run it is; gives the settings and the progress.
+        called: what was called.
         stage: what runs now: fit, validate, test, predict or sanity; inside a fit it is validate for a while.
         module: the user's module.
         datamodule: the user's DataModule, if any.
@@ -107,10 +112,13 @@ class Run:
         transfer: brings ``(batch, dataloader_idx)`` to the device.
         schedulers: of the learning rates.
         plan: loaders and ends of a fit.
+        loaders: of evaluation, by stage.
         active: whether it has not ended yet.
+        failed: whether it ended by an exception.
     """
 
     trainer: TrainerState
+    called: TrainerFn
     stage: str
     module: LightningModule
     datamodule: LightningDataModule | None
@@ -120,7 +128,9 @@ class Run:
     transfer: Callable[[Any, int], Any]
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     plan: FitPlan = field(default_factory=FitPlan)
+    loaders: dict[str, list[Any]] = field(default_factory=dict)
     active: bool = True
+    failed: bool = False
 
     @property
     def backend(self) -> Backend:
@@ -136,7 +146,7 @@ class Run:
         return [hook(*arguments) for hook in hooks]
 
 
-class TrainerState:
+class TrainerState(LightningAttributes):
     """The settings of a `Trainer`, which sets every attribute declared here, and views on its current or last run."""
 
     # What it was given.
@@ -144,6 +154,8 @@ class TrainerState:
     precision: Precision
     callbacks: list[Callback]
     loggers: list[Logger]
+    default_root_dir: str
+    fast_dev_run: bool | int
     max_epochs: int | None
     max_steps: int
     limit_train_batches: int | float | None
@@ -164,7 +176,12 @@ class TrainerState:
     # What it comes to.
     progress: Progress
     run: Run | None = None  # the current one, or the last
+    last_fit: Run | None = None  # the current fit, or the last: its optimizers stay readable
     should_stop: bool = False  # anybody may set it; the loop looks at it after every batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle goes on from the same progress, without the run.
+        return {**self.__dict__, "run": None, "last_fit": None}
 
     # ---------------------------------------------------------------- where the training is
 
@@ -193,13 +210,13 @@ class TrainerState:
 
     @property
     def optimizers(self) -> list[Any]:
-        """The wrapped optimizers of the current or last run."""
-        return [] if self.run is None else list(self.run.life.optimizers)
+        """The raw optimizers of the current or last fit."""
+        return [] if self.last_fit is None else [wrapped.optimizer for wrapped in self.last_fit.life.optimizers]
 
     @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
-        """The schedulers of the current or last run, with their settings."""
-        return [] if self.run is None else self.run.schedulers
+        """The schedulers of the current or last fit, with their settings."""
+        return [] if self.last_fit is None else self.last_fit.schedulers
 
     datamodule = property(lambda self: self.run and self.run.datamodule, doc="The DataModule of the run, or None.")
     logger = property(lambda self: self.loggers[0] if self.loggers else None, doc="The first logger.")

@@ -139,9 +139,14 @@ def expect(experiment: Experiment, precision: str, device: str = "cpu") -> Outco
     return outcome_of(run, run)
 
 
+def _step_counts(module: Any) -> list[int]:
+    wrapped = module.optimizers()
+    return [optimizer.step_count for optimizer in (wrapped if isinstance(wrapped, list) else [wrapped])]
+
+
 def outcome_of(owner: Recorder | Plain, run: Trainer | Plain) -> Outcome:
     """Return the parameters and notes of `owner`, and the counters of `run`."""
-    counts = run.step_count if isinstance(run, Plain) else [opt.step_count for opt in run.optimizers]
+    counts = run.step_count if isinstance(run, Plain) else _step_counts(owner)
     full_parameters = nullcontext() if isinstance(run, Plain) else run.backend.full_parameters(owner)
     facts = {"global_step": [float(run.global_step)], "step_count": _numbers(counts)}
     notes = owner.notes if isinstance(run, Plain) else run.backend.to_cpu(owner.notes)
