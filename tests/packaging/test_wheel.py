@@ -29,7 +29,7 @@ def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dist")
     source = out / "source"
     # A build leaves folders beside the sources: it gets a copy.
-    ignored = shutil.ignore_patterns(".git", ".venvs", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".git", ".venvs", "site", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, source, ignore=ignored)
     run(sys.executable, "-m", "build", "--outdir", out, source, cwd=out)
     (built,) = out.glob("*.whl")
