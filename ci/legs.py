@@ -94,6 +94,7 @@ class Conformance:
         tests: the file with the subclass of the suite.
         precisions: all that the file tests.
         variables: environment variables on top of `VARIABLES`.
+        usual: minutes that each leg takes on two free cores.
     """
 
     environment: str
@@ -102,6 +103,7 @@ class Conformance:
     tests: str
     precisions: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
+    usual: float = 0.3
 
     def legs(self) -> dict[str, Leg]:
         """Return the legs by name: backend, precision, processes."""
@@ -111,6 +113,7 @@ class Conformance:
                 tests=(self.tests,),
                 arguments=(f"--precision={precision}",),
                 variables=self.variables,
+                usual=self.usual,
             )
             for precision in self.precisions
         }
@@ -126,7 +129,7 @@ CONFORMANCE = (
     Conformance("light", "cuda-logic-on-cpu", 1, "tests/backends/test_cuda.py", (*_MIXED, "16-true")),
     Conformance("light", "fsdp", 1, "tests/backends/test_fsdp.py", _MIXED),
     Conformance("light", "fsdp", 2, "tests/backends/test_fsdp_two_processes.py", _MIXED),
-    Conformance("full", "tpu", 1, "tests/backends/test_tpu.py", ("32-true", "bf16-mixed", "bf16-true"), _XLA),
+    Conformance("full", "tpu", 1, "tests/backends/test_tpu.py", ("32-true", "bf16-mixed", "bf16-true"), _XLA, usual=2),
     Conformance("full", "deepspeed", 1, "tests/backends/test_deepspeed.py", _MIXED, _DEEPSPEED),
 )
 
@@ -137,9 +140,9 @@ LEGS = {
         "light",
         commands=(("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("codespell",)),
     ),
-    "core": Leg("light", tests=_CORE),
+    "core": Leg("light", tests=_CORE, usual=2),
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.
-    "core-oldest-torch": Leg("full", tests=(*_CORE, "tests/backends/test_cpu.py")),
+    "core-oldest-torch": Leg("full", tests=(*_CORE, "tests/backends/test_cpu.py"), usual=3),
     **{name: leg for row in CONFORMANCE for name, leg in row.legs().items()},
     # Graphs and reads counted, replicas, meshes of virtual devices.
     "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA),
