@@ -30,7 +30,8 @@ from .guard import RecompileGuard
 from .lbfgs import HostLBFGS
 from .mesh import Mesh, check_axes
 from .move import move_module, move_optimizer
-from .replicas import Rendezvous, Replicas
+from .rendezvous import Rendezvous
+from .replicas import Replicas
 from .runtime import Runtime
 from .steps import RatesInUse, Step
 

@@ -11,15 +11,14 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xtrain.errors import BackendUnavailableError, explain
 
-if TYPE_CHECKING:
-    from .replicas import Rendezvous
+from .rendezvous import Rendezvous
 
 
 class Runtime:

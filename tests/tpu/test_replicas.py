@@ -246,7 +246,8 @@ def test_replicas_draw_other_noise_and_stay_the_same():
 def by_hand(rank: int, how: str) -> list[float]:
     """The same training without xtrain, wrong in one of two usual ways."""
     import torch_xla.core.xla_model as xm
-    from xtrain_backends.xla.replicas import Rendezvous, Replicas
+    from xtrain_backends.xla.rendezvous import Rendezvous
+    from xtrain_backends.xla.replicas import Replicas
     from xtrain_backends.xla.runtime import Runtime
 
     runtime = Runtime()
