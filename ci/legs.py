@@ -148,6 +148,8 @@ LEGS = {
     "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA),
     # Every ZeRO stage, on one process and on two.
     "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED),
+    # Recipes of several optimizers in shards on two and four processes, both modes.
+    "fsdp-recipes-2p-4p": Leg("light", tests=("tests/fsdp/test_*.py",)),
     # Real processes under every launcher; every command of the page on launching.
     "launch": Leg("full", tests=("tests/launch/test_*.py",)),
     "loggers": Leg("services", tests=("tests/services/test_*.py",)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
-from xtrain.errors import ConfigurationError, explain
+from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.launch.join import current_launch
 from xtrain.scaler import LossScaler
 from xtrain.tensors import map_tensors
@@ -21,13 +21,17 @@ from ..eager.backend import EagerBackend
 from ..eager.process_group import join_processes
 from ..eager.replicas import check_module
 from .gradients import Part, clip, split, total_norm
-from .groups import LayerGroup, ShardedParameter, local, missing_names
+from .groups import LayerGroup, ShardedParameter, local, missing_names, reached
 from .mesh import make_mesh, read_mesh
 from .options import check_choice, read_mixed
+from .outside import ExplainsShards
 from .policy import Policy, check_policy
 from .rules import RULES, mixes
 from .sharding import ShardedModule
+from .state import load_training_state, training_state
 from .whole import WholeStep, looks_at_whole
+
+_BACKWARD = 254  # in place of an optimizer's position, where ranks meet before a backward
 
 
 @final
@@ -85,6 +89,7 @@ class FSDP(EagerBackend):
         self.axes, self.mixed = read_mesh(mesh, replicate), read_mixed(mixed)
         self.offload, self._wanted_device = offload, device
         self._sharded: ShardedModule | None = None
+        self._names: dict[nn.Module, str] = {}
         self._held: list[LayerGroup] = []  # what a gradient of a gradient may still ask for
 
     # ---------------------------------------------------------------- start-up
@@ -121,13 +126,13 @@ class FSDP(EagerBackend):
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload == "cpu" else OffloadPolicy()
         mixed = MixedPrecisionPolicy(**self.mixed)
         self._sharded = ShardedModule(module, mesh, self.device, self.shard, mixed, offload, self.methods)
-        self._watch_forwards(self._sharded)
-
-    def _watch_forwards(self, sharded: ShardedModule) -> None:
-        """Leave gathered what an earlier gradient of this step may be differentiated through again."""
-        for group in sharded.groups:
+        self._names = {part: name for name, part in module.named_modules()}
+        for group in self._sharded.groups:
             if self.reduce == "finalize":
+                group.keep_local(free_in_backward=False)
                 group.before_forward(self._hold)
+            else:
+                group.refuse_graphs()
 
     def _hold(self, group: LayerGroup) -> None:
         group.follow_toggles()
@@ -141,12 +146,16 @@ class FSDP(EagerBackend):
                 for group in optimizer.optimizer.param_groups:
                     group.update({"foreach": False} if "foreach" in group else {})
         widths = [len(self._reduced_with(o)) + len(self._plain(o)) for o in optimizers]
-        self._width = max(widths, default=0)
+        self._width = max([*widths, self._reach_width()])
+
+    def _reach_width(self) -> int:
+        groups = [] if self._sharded is None else self._sharded.groups
+        return 2 * sum(1 + len(group.parameters) for group in groups)
 
     def teardown(self) -> None:
         if self._sharded is not None:
             self._sharded.restore([o.optimizer for o in self._optimizers])
-        self._sharded, self._held = None, []
+        self._sharded, self._held, self._names = None, [], {}
 
     # ---------------------------------------------------------------- the life of a gradient
 
@@ -184,7 +193,10 @@ class FSDP(EagerBackend):
         retain, create = (bool(kwargs.get(name) or (args[i : i + 1] or [False])[0]) for i, name in enumerate(names, 1))
         for _, parameter in [] if self._sharded is None else self._sharded.by_shard.values():
             parameter.pass_on_hooks()
-        groups = [] if self._sharded is None or self.reduce == "backward" else self._sharded.groups
+        every = [] if self._sharded is None else self._sharded.groups
+        if self._replicated and every:
+            self._meet_in_backward(loss, every)
+        groups = [] if self.reduce == "backward" else every
         for group in groups:
             group.keep_local(free_in_backward=not (create or group.gathered))
         try:
@@ -199,6 +211,27 @@ class FSDP(EagerBackend):
         for group in groups:
             if group not in self._held:
                 group.release()
+
+    def _meet_in_backward(self, loss: Tensor, groups: list[LayerGroup]) -> None:
+        """Let all ranks gather what the backward of only some of them will ask for.
+
+        Raises:
+            ProtocolError: where gradients are reduced in the backward, which all ranks have to run alike.
+        """
+        owners = [*groups, *(group for group in groups for _ in group.parameters)]
+        facts = [int(fact) for found in reached(loss, groups) for fact in (found, not found)]
+        agreed = agree(facts, _BACKWARD, self._width)
+        apart = dict.fromkeys(group for i, group in enumerate(owners) if agreed[2 * i] and agreed[2 * i + 1])
+        if apart and self.reduce == "backward":
+            raise ProtocolError(
+                explain(
+                    "a loss that comes through the same layers on every rank, where each backward reduces gradients",
+                    f"one that reaches {', '.join(group.name for group in apart)} on some ranks only",
+                    "FSDP(reduce='finalize')",
+                )
+            )
+        for group in apart:
+            group.gather()
 
     def _release_held(self) -> None:
         for group in self._held:
@@ -266,12 +299,18 @@ class FSDP(EagerBackend):
         return done
 
     def step_boundary(self) -> None:
+        self._release_all()
+        super().step_boundary()
+
+    def _release_all(self) -> None:
         self._release_held()
         for group in [] if self._sharded is None else self._sharded.groups:
             group.release()
-        super().step_boundary()
 
     # ---------------------------------------------------------------- where FSDP differs
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return ExplainsShards(super().forward_context(), self._names)
 
     def to_cpu(self, data: Any) -> Any:
         """Return `data` whole, as copies on the CPU; every rank must call it where shards are in it."""
@@ -280,6 +319,17 @@ class FSDP(EagerBackend):
     def full_parameters(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Gather `module`; what is written to its parameters inside lasts. Every rank must enter it."""
         return nullcontext() if self._sharded is None else self._sharded.full_parameters(module)
+
+    def training_state(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> dict[str, Any]:
+        assert self._sharded is not None
+        self._release_all()
+        return training_state(module, optimizers, self._sharded, self.collectives.rank == 0)
+
+    def load_training_state(
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]
+    ) -> None:
+        assert self._sharded is not None
+        load_training_state(module, optimizers, state, self._sharded)
 
     def local_part(self, parameter: Tensor) -> Tensor:
         return local(parameter)

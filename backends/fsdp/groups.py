@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from xtrain.errors import ProtocolError, explain
+
 _FSDP = "torch.distributed.fsdp._fully_shard."
 _NEEDED = {
     "torch.distributed.fsdp:FSDPModule": "reshard unshard set_reshard_after_forward _get_fsdp_state",
     _FSDP + "_fsdp_param:FSDPParam": "accumulate_unsharded_grad_if_needed init_unsharded_param",
-    _FSDP + "_fsdp_param_group:FSDPParamGroup": "post_backward finalize_backward is_unsharded",
+    _FSDP + "_fsdp_param_group:FSDPParamGroup": "pre_backward post_backward finalize_backward is_unsharded",
     _FSDP + "_fsdp_state:FSDPState": "_lazy_init",
     "torch.distributed:_composable_state": "_module_state_mapping",
 }
@@ -129,11 +131,12 @@ class LayerGroup:
 
     Args:
         module: see above.
+        name: of it in the user's module.
         originals: the parameters before, by module and name.
     """
 
-    def __init__(self, module: Any, originals: dict[tuple[int, str], nn.Parameter]) -> None:
-        self.module = module
+    def __init__(self, module: Any, name: str, originals: dict[tuple[int, str], nn.Parameter]) -> None:
+        self.module, self.name = module, name
         self._watch: Any = None
         self._inner = module._get_fsdp_state()._fsdp_param_group
         self.parameters: list[ShardedParameter] = []
@@ -164,6 +167,26 @@ class LayerGroup:
         if self._inner is not None:
             self._inner.reduce_grads = False
             self._inner.reshard_after_backward = free_in_backward
+
+    def refuse_graphs(self) -> None:
+        """Let a backward that makes a graph of itself raise: the next one would find nothing to go through."""
+        group = self._inner
+        if group is None:
+            return
+        real = group.pre_backward
+
+        def checked(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise ProtocolError(
+                    explain(
+                        "gradients that are not differentiated again, where each backward reduces and frees",
+                        f"a gradient with create_graph=True through {self.name}",
+                        "FSDP(reduce='finalize'), which is the default",
+                    )
+                )
+            return real(*arguments)
+
+        group.pre_backward = checked
 
     def unwatch(self) -> None:
         """Take `before_forward` back."""
@@ -211,6 +234,25 @@ class LayerGroup:
                 put_back()
 
         return finish
+
+
+def reached(loss: Tensor, groups: Sequence[LayerGroup]) -> list[bool]:
+    """Return which of `groups` a backward of `loss` comes through, also frozen ones, and then which parameters."""
+    by_leaf: dict[Any, LayerGroup] = {p.whole: group for group in groups for p in group.parameters}
+    by_inner = {id(group._inner): group for group in groups}
+    found: set[Any] = set()
+    seen: set[Any] = set()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # where autograd adds into a parameter
+        found |= {leaf, by_leaf.get(leaf)}
+        found.add(by_inner.get(id(getattr(node, "param_group", None))))  # where FSDP2 ends a layer's backward
+        left += [following for following, _ in node.next_functions]
+    return [*(group in found for group in groups), *(p.whole in found for group in groups for p in group.parameters)]
 
 
 def begin(network: nn.Module) -> None:

@@ -69,7 +69,7 @@ class ShardedModule:
                 )
         _move_rest(module, device, plain)
         _begin_all(n for n in networks.values() if n in self._before)
-        self.groups = [LayerGroup(m, originals) for m in module.modules() if m in self._before]
+        self.groups = [LayerGroup(m, name, originals) for name, m in module.named_modules() if m in self._before]
         self.by_shard: dict[Tensor, tuple[LayerGroup, ShardedParameter]] = {
             p.sharded: (group, p) for group in self.groups for p in group.parameters
         }
@@ -78,7 +78,6 @@ class ShardedModule:
         for group in self.groups:  # once on every rank, so that each has the leaves that autograd knows
             group.gather()
             group.release()
-            group.keep_local(free_in_backward=False)
         for original in self._originals:
             original.data = original.data.new_empty(0)  # the memory, not the object: it comes back
 

@@ -89,8 +89,8 @@ class Recipe(LightningModule):
 
 def batches(count, rank=0, world_size=1):
     generator = torch.Generator().manual_seed(1)
-    noise, data = (torch.randn(count, ROWS, width, generator=generator) for width in (5, WIDTH))
-    return [(noise[i, rank::world_size], data[i, rank::world_size]) for i in range(count)]
+    whole = [[torch.randn(ROWS, width, generator=generator) for width in (5, WIDTH)] for _ in range(count)]
+    return [tuple(part[rank::world_size] for part in pair) for pair in whole]
 
 
 def by_hand(make):

@@ -1,0 +1,162 @@
+"""What single ranks do in the tests of the fsdp backend; every function can be sent to `xtrain.testing.ranks.Ranks`."""
+
+import copy
+
+import torch
+from recipes import Average, Frozen, Muon, Recipe, Uneven, Verbs, batches, mlp, quiet, sgd
+from torch.nn.functional import mse_loss
+
+
+def fit_twice(world_size, rank):
+    """Fit, validate, copy, and fit the same module again; return its parameters and what kind they are."""
+    module = Twofold()
+    for _ in range(2):
+        trainer = quiet("fsdp", {})
+        trainer.fit(module, batches(2, rank, world_size))
+        trainer.validate(module, Wrapped(batches(1, rank, world_size)))
+        copy.deepcopy(module.a)
+    kinds = {type(p).__name__ for p in module.parameters()} | {type(m).__name__ for m in module.modules()}
+    same = [id(p) for p in module.parameters()] == module.ids
+    held = {type(p).__name__ for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
+    return {k: v.clone() for k, v in module.state_dict().items()}, kinds | held, same
+
+
+class Wrapped(list):
+    pass
+
+
+class Twofold(Frozen):
+    def __init__(self):
+        super().__init__()
+        self.ids = [id(p) for p in self.parameters()]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", mse_loss(self.a(batch[0]), batch[1]))
+
+
+class Counted(Recipe):
+    """Notes what is sent and what is kept: the numbers are formulas, not measurements."""
+
+    def train_on(self, do, opts, noise, data, index):
+        for opt in opts:
+            opt.zero_grad()
+        for part in noise.chunk(4):
+            do.backward(self.b(self.a(part)).square().mean() / 4)
+        for opt in opts:
+            do.clip(opt, 1.0)
+            opt.step()
+
+
+def count_reductions(options, world_size, rank):
+    """Return how many reductions into shards four training steps of four backwards each make."""
+    module = Counted()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        quiet("fsdp", options).fit(module, batches(module.steps, rank, world_size))
+    return sum(event.name == "c10d::_reduce_scatter_base_" for event in profile.events())
+
+
+class Saving(Muon):
+    """Muon and AdamW in one network, of which the second has gradients left when it ends."""
+
+    steps = 3
+
+    def on_train_end(self):
+        self.saved = self.trainer.backend.training_state(self, self.trainer.optimizers)
+
+
+class Resuming(Muon):
+    steps = 5
+
+    def on_train_start(self):
+        self.trainer.backend.load_training_state(self, self.trainer.optimizers, self.state)
+
+    def train_on(self, do, opts, noise, data, index):
+        super().train_on(do, opts, noise, data, index + Saving.steps)
+
+
+def save(backend, world_size, rank):
+    module = Saving()
+    quiet(backend, {}).fit(module, batches(Saving.steps, rank, world_size))
+    return module.saved
+
+
+def resume(backend, saved, world_size, rank):
+    """Continue a run from what `save` returned on its ranks; return the parameters."""
+    module = Resuming()
+    module.load_state_dict(saved[0]["state_dict"])
+    own = [part["gradients"] for part in saved]
+    mean = {
+        label: {name: sum(part[label][name] for part in own) / len(own) for name in held}
+        for label, held in own[0].items()
+    }
+    module.state = {**saved[0], "gradients": mean}
+    later = batches(Saving.steps + Resuming.steps, rank, world_size)[Saving.steps :]
+    quiet(backend, {}).fit(module, later)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Longer(Muon):
+    steps = Saving.steps + Resuming.steps
+
+
+class OnSomeRanks(Uneven):
+    """A loss that reaches ``b`` on rank 0 alone, though every rank calls it."""
+
+    def train_on(self, do, opts, noise, data, index):
+        for opt in opts:
+            opt.zero_grad()
+        out = self.a(noise)
+        seen = self.b(out)
+        loss = mse_loss(out, data)
+        if isinstance(do, Verbs):  # the rows of rank 0
+            loss = loss + seen[::2].square().mean()
+        elif self.global_rank == 0:
+            loss = loss + 2 * seen.square().mean()
+        do.backward(loss)
+        for opt in opts:
+            opt.step()
+
+
+def call_on_some_ranks(options, world_size, rank):
+    """Rank 0 alone calls ``b``."""
+    module = Uneven()
+    module.routed = lambda index: rank == 0
+    quiet("fsdp", options).fit(module, batches(module.steps, rank, world_size))
+
+
+class Looking(Average):
+    """Looks at whole parameters in the run, writes into them, and keeps CPU copies."""
+
+    def on_train_end(self):
+        backend = self.trainer.backend
+        self.shards = {name: tuple(p.to_local().shape) for name, p in self.a.named_parameters()}
+        self.copies = backend.to_cpu(dict(self.a.named_parameters()))
+        with backend.full_parameters(self.a):
+            self.whole = {name: p.detach().clone() for name, p in self.a.named_parameters()}
+            with torch.no_grad():
+                self.a[0].weight.fill_(3.0)
+        self.written = backend.to_cpu(self.a[0].weight)
+
+
+def look(world_size, rank):
+    module = Looking()
+    quiet("fsdp", {}).fit(module, batches(2, rank, world_size))
+    same = all(torch.equal(module.copies[name], module.whole[name]) for name in module.whole)
+    return module.shards, same, module.written.unique().tolist(), module.a[0].weight.unique().tolist()
+
+
+class Wide(Recipe):
+    """One network whose first matrix has fewer rows than there are ranks."""
+
+    def make(self):
+        self.a = mlp(5, 12, hidden=2)
+
+    def configure_optimizers(self):
+        return sgd(self.a.parameters())
+
+    def train_on(self, do, opts, noise, data, index):
+        (opt,) = opts
+        opt.zero_grad()
+        do.backward(mse_loss(self.a(noise), data))
+        do.clip(opt, 0.5)
+        opt.step()
