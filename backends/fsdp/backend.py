@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
-from xtrain.errors import ConfigurationError, ProtocolError, explain
+from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
 from xtrain.scaler import LossScaler
 from xtrain.tensors import map_tensors
@@ -21,10 +21,11 @@ from ..eager.backend import EagerBackend
 from ..eager.process_group import join_processes
 from ..eager.replicas import check_module
 from .gradients import Part, clip, split, total_norm
-from .groups import LayerGroup, ShardedParameter, local, missing_names, reached
+from .groups import LayerGroup, ShardedParameter, local, missing_names
 from .mesh import make_mesh, read_mesh
 from .options import check_choice, read_mixed
 from .outside import ExplainsShards
+from .passes import Passes
 from .policy import Policy, check_policy
 from .rules import RULES, mixes
 from .sharding import ShardedModule
@@ -90,7 +91,7 @@ class FSDP(EagerBackend):
         self.offload, self._wanted_device = offload, device
         self._sharded: ShardedModule | None = None
         self._names: dict[nn.Module, str] = {}
-        self._held: list[LayerGroup] = []  # what a gradient of a gradient may still ask for
+        self._passes = Passes((), reduced_in_backward=False)
 
     # ---------------------------------------------------------------- start-up
 
@@ -127,17 +128,7 @@ class FSDP(EagerBackend):
         mixed = MixedPrecisionPolicy(**self.mixed)
         self._sharded = ShardedModule(module, mesh, self.device, self.shard, mixed, offload, self.methods)
         self._names = {part: name for name, part in module.named_modules()}
-        for group in self._sharded.groups:
-            if self.reduce == "finalize":
-                group.keep_local(free_in_backward=False)
-                group.before_forward(self._hold)
-            else:
-                group.refuse_graphs()
-
-    def _hold(self, group: LayerGroup) -> None:
-        group.follow_toggles()
-        group.stay_gathered(True)
-        self._held.append(group)
+        self._passes = Passes(self._sharded.groups, self.reduce == "backward")
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         super().setup_optimizers(module, optimizers)
@@ -146,16 +137,12 @@ class FSDP(EagerBackend):
                 for group in optimizer.optimizer.param_groups:
                     group.update({"foreach": False} if "foreach" in group else {})
         widths = [len(self._reduced_with(o)) + len(self._plain(o)) for o in optimizers]
-        self._width = max([*widths, self._reach_width()])
-
-    def _reach_width(self) -> int:
-        groups = [] if self._sharded is None else self._sharded.groups
-        return 2 * sum(1 + len(group.parameters) for group in groups)
+        self._width = max([*widths, self._passes.facts])
 
     def teardown(self) -> None:
         if self._sharded is not None:
             self._sharded.restore([o.optimizer for o in self._optimizers])
-        self._sharded, self._held, self._names = None, [], {}
+        self._sharded, self._passes, self._names = None, Passes((), reduced_in_backward=False), {}
 
     # ---------------------------------------------------------------- the life of a gradient
 
@@ -193,50 +180,10 @@ class FSDP(EagerBackend):
         retain, create = (bool(kwargs.get(name) or (args[i : i + 1] or [False])[0]) for i, name in enumerate(names, 1))
         for _, parameter in [] if self._sharded is None else self._sharded.by_shard.values():
             parameter.pass_on_hooks()
-        every = [] if self._sharded is None else self._sharded.groups
-        if self._replicated and every:
-            self._meet_in_backward(loss, every)
-        groups = [] if self.reduce == "backward" else every
-        for group in groups:
-            group.keep_local(free_in_backward=not (create or group.gathered))
-        try:
+        if self._replicated:
+            self._passes.meet(loss, lambda facts: agree(facts, _BACKWARD, self._width))
+        with self._passes.backward(create, retain):
             super().backward(loss, *args, **kwargs)
-        finally:
-            for group in groups:  # a gradient of a gradient, taken between backwards, must find it gathered
-                group.keep_local(free_in_backward=False)
-        if create:
-            return
-        if not retain:
-            self._release_held()
-        for group in groups:
-            if group not in self._held:
-                group.release()
-
-    def _meet_in_backward(self, loss: Tensor, groups: list[LayerGroup]) -> None:
-        """Let all ranks gather what the backward of only some of them will ask for.
-
-        Raises:
-            ProtocolError: where gradients are reduced in the backward, which all ranks have to run alike.
-        """
-        owners = [*groups, *(group for group in groups for _ in group.parameters)]
-        facts = [int(fact) for found in reached(loss, groups) for fact in (found, not found)]
-        agreed = agree(facts, _BACKWARD, self._width)
-        apart = dict.fromkeys(group for i, group in enumerate(owners) if agreed[2 * i] and agreed[2 * i + 1])
-        if apart and self.reduce == "backward":
-            raise ProtocolError(
-                explain(
-                    "a loss that comes through the same layers on every rank, where each backward reduces gradients",
-                    f"one that reaches {', '.join(group.name for group in apart)} on some ranks only",
-                    "FSDP(reduce='finalize')",
-                )
-            )
-        for group in apart:
-            group.gather()
-
-    def _release_held(self) -> None:
-        for group in self._held:
-            group.stay_gathered(False)
-        self._held = []
 
     def _leaves(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         known = {} if self._sharded is None else self._sharded.by_shard
@@ -292,20 +239,15 @@ class FSDP(EagerBackend):
             done: tuple[Any, bool] = whole.run(lambda evaluate: step(optimizer, evaluate), closure)
         else:
             done = super().step(optimizer, closure)
-        self._release_held()
+        self._passes.let_go()
         for group, parameter in self._in_shards(optimizer):
             group.release()
             parameter.note_step()
         return done
 
     def step_boundary(self) -> None:
-        self._release_all()
+        self._passes.release()
         super().step_boundary()
-
-    def _release_all(self) -> None:
-        self._release_held()
-        for group in [] if self._sharded is None else self._sharded.groups:
-            group.release()
 
     # ---------------------------------------------------------------- where FSDP differs
 
@@ -322,7 +264,7 @@ class FSDP(EagerBackend):
 
     def training_state(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> dict[str, Any]:
         assert self._sharded is not None
-        self._release_all()
+        self._passes.release()
         return training_state(module, optimizers, self._sharded, self.collectives.rank == 0)
 
     def load_training_state(
