@@ -48,7 +48,7 @@ class CUDA(EagerBackend):
         ),
     )
 
-    def __init__(self, pin_memory: bool = True, broadcast_start: bool = False, timeout: float = 600.0) -> None:
+    def __init__(self, pin_memory: bool = True, broadcast_start: bool = True, timeout: float = 600.0) -> None:
         super().__init__(broadcast_start, timeout)
         self.pin_memory = pin_memory
 

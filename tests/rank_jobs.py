@@ -5,7 +5,8 @@ import random
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
-from xtrain_backends.eager.averaging import average_gradients
+from xtrain_backends.eager.averaging import agree, average, state_of
+from xtrain_backends.eager.process_group import TorchCollectives
 
 from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
 from xtrain.testing.experiments import make_trainer
@@ -18,6 +19,11 @@ def joined(world_size, rank):
     trainer = make_trainer("cpu", "32-true", {}, max_epochs=1)
     trainer.fit(Gan(), batches(1, world_size, rank))
     return rank_zero_only(lambda: trainer.global_rank)(), trainer.world_size
+
+
+def average_gradients(parameters, call, rank):
+    ranks = TorchCollectives(torch.device("cpu"), rank)
+    average(parameters, agree([state_of(p) for p in parameters], call, ranks), ranks.world_size)
 
 
 def averaged(case, world_size, rank):
@@ -44,7 +50,7 @@ def averaged(case, world_size, rank):
             parameters[0].grad = torch.sparse_coo_tensor(rows, torch.full((2, 2), own), (4, 2), check_invariants=True)
         elif case == "sparse beside dense":
             parameters[0].grad = torch.full((4, 2), own)
-    average_gradients(parameters, 0, 5)
+    average_gradients(parameters, "average", rank)
     return [None if p.grad is None else p.grad.to_dense().double().contiguous() for p in parameters]
 
 
@@ -52,7 +58,7 @@ def different_optimizers(world_size, rank):
     joined(world_size, rank)
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
-    average_gradients([parameter], rank, 3)
+    average_gradients([parameter], f"average optimizer {rank}", rank)
 
 
 class Odd(Gan):

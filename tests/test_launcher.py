@@ -4,6 +4,7 @@ import pytest
 
 from xtrain import ConfigurationError, Trainer
 from xtrain.launch.auto import agreed_precision, announce, resolve_backend
+from xtrain.launch.clusters import first_host
 from xtrain.launch.environment import Launch, detect_launcher, wanted_processes
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -15,6 +16,7 @@ ON_CPU = {**ACCELERATE, "ACCELERATE_USE_CPU": "True"}
 ZERO = {**TORCHRUN, **ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 COMMAND = ("/bin/python3", "/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "script.py")
 SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train"}
+STEP = {**SRUN, "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[07-08],big1", "SLURM_JOB_ID": "9"}
 
 ROWS = {
     "nothing": ({}, (), {"launcher": "python", "world_size": 1, "joined": False}),
@@ -45,6 +47,35 @@ ROWS = {
     "mpi": ({**PLAIN, "OMPI_COMM_WORLD_SIZE": "2"}, (), {"launcher": "mpi"}),
     "a shell of salloc": ({**SRUN, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, (), {"warnings": ()}),
     "by hand": ({k: PLAIN[k] for k in ("RANK", "WORLD_SIZE", *MASTER)}, (), {"launcher": "environment", "rank": 1}),
+    "srun": (
+        {**STEP, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "2(x2)"},
+        (),
+        {"launcher": "slurm", "rank": 3, "local_rank": 1, "world_size": 4, "local_world_size": 2, "address": "gpu07"},
+    ),
+    "srun of a part of the job": (
+        {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[3,5]", "MASTER_PORT": "4000"},
+        (),
+        {"rank": 0, "world_size": 2, "address": "n3", "port": 4000},
+    ),
+    "srun of one task": ({**STEP, "SLURM_NTASKS": "1"}, (), {"launcher": "python", "warnings": ()}),
+    "mpirun": (
+        {
+            "OMPI_COMM_WORLD_RANK": "1",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            **{f"OMPI_COMM_WORLD_LOCAL_{n}": v for n, v in (("RANK", "1"), ("SIZE", "2"))},
+            "SLURM_PROCID": "0",
+            "SLURM_STEP_ID": "0",
+            "SLURM_NTASKS": "1",
+        },
+        (),
+        {"launcher": "mpi", "rank": 1, "local_rank": 1, "world_size": 2, "address": "127.0.0.1", "joined": True},
+    ),
+    "mpirun on two machines": (
+        {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2", **MASTER},
+        (),
+        {"launcher": "mpi", "rank": 2, "local_rank": 0, "world_size": 4, "local_world_size": 2, "port": 29500},
+    ),
+    "mpirun of one": ({"PMI_RANK": "0", "PMI_SIZE": "1"}, (), {"launcher": "mpi", "world_size": 1, "joined": True}),
     "xtrain": ({**PLAIN, "XTRAIN_LAUNCH_ID": "7"}, (), {"launcher": "xtrain", "joined": True}),
 }
 
@@ -62,7 +93,8 @@ def test_launchers(row):
         ({**ON_CPU, **MASTER}, COMMAND, "Expected 2 processes.*torchrun --nproc_per_node=2"),
         ({**ON_CPU, **MASTER}, (), "Expected 2 processes"),  # a configuration file of the kind MULTI_CPU
         ({**TORCHRUN, "RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (), "trains apart"),
-        ({**SRUN, "SLURM_NTASKS": "4"}, (), "4 tasks.*train alone"),
+        ({"SLURM_PROCID": "0", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4"}, (), "4 tasks.*srun python script.py"),
+        ({"PJRT_DEVICE": "GARBAGE"}, (), "PJRT_DEVICE=GARBAGE"),
     ],
 )
 def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
@@ -80,7 +112,20 @@ def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
         ({**TORCHRUN, "WORLD_SIZE": "3"}, r"WORLD_SIZE to be 2, which torchrun started.*WORLD_SIZE=3"),
         ({**TORCHRUN, "RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
         ({**TORCHRUN, "RANK": "x"}, "RANK='x'"),
+        ({**TORCHRUN, "RANK": "\u0660"}, "RANK="),
         ({**TORCHRUN, "LOCAL_RANK": "5"}, "LOCAL_RANK=5"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK alone"),
+        ({**TORCHRUN, "MASTER_PORT": "abc"}, "MASTER_PORT='abc'"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        ({**SRUN, "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "SLURM_JOB_NODELIST"),
+        ({**STEP, "SLURM_NTASKS": "x"}, "SLURM_NTASKS='x'"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            "mpirun -x MASTER_ADDR",
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "no MPI_LOCALNRANKS"),
+        ({**ACCELERATE, "ACCELERATE_USE_CPU": "1", "ACCELERATE_USE_DEEPSPEED": "1"}, "one backend"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"RANK": "0", "WORLD_SIZE": "2", **MASTER, "MASTER_ADDR": "host"}, "LOCAL_RANK beside RANK"),
         ({**PLAIN, **SRUN, "SLURM_NTASKS": "4"}, "WORLD_SIZE to be 4, which slurm started"),
         ({**PLAIN, "OMPI_COMM_WORLD_SIZE": "4"}, "WORLD_SIZE to be 4, which mpi started"),
@@ -93,6 +138,14 @@ def test_contradictions_are_refused(environ, says):
     with pytest.raises(ConfigurationError, match=says) as caught:
         detect_launcher(environ)
     assert "Fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a1,a2", "a1"), ("gpu[007-009,012],x", "gpu007"), ("r[1,3]n2", "r1n2"), ("h-1.x.org", "h-1.x.org"), ("", "")],
+)
+def test_the_first_machine_of_a_list(hosts, first):
+    assert first_host(hosts) == first
 
 
 def test_wanted_processes():

@@ -13,9 +13,11 @@ import torch
 import torchmetrics
 from hypothesis import given
 from hypothesis import strategies as st
+from small import says
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtrain import Backend, LightningModule, Trainer
+from xtrain.collectives import Collectives
 from xtrain.errors import ConfigurationError
 from xtrain.loggers import Logger
 from xtrain.metrics.log import MetricLog
@@ -49,12 +51,13 @@ class Reader:
         return torch.stack([value.detach().double() for value in values]).tolist()
 
 
-def alone(tensor, op):
-    raise AssertionError("nothing was to be reduced over the ranks")
+class Alone(Collectives):
+    def all_reduce(self, tensor, op="mean", *, met=False):
+        raise AssertionError("nothing was to be reduced over the ranks")
 
 
-def make(every=1, all_reduce=alone, asynchronous=True):
-    log = MetricLog(Reader(), all_reduce, every, asynchronous)
+def make(every=1, ranks=None, asynchronous=True):
+    log = MetricLog(Reader(), ranks or Alone(), every, asynchronous)
     log.loggers = [Recorder()]
     return log
 
@@ -480,43 +483,60 @@ def test_an_object_that_computes_several_values_is_refused(training):
 # ---------------------------------------------------------------- several ranks
 
 
-class Ranks:
-    """Two ranks; the other one has logged twice this rank's total with three times the weight."""
+class Ranks(Collectives):
+    """Two ranks that log the same; the other one has what `other` says, by the kind of reduction."""
+
+    world_size = 2
 
     def __init__(self, other):
         self.calls, self.other = [], other
 
-    def __call__(self, tensor, op):
+    def _exchange(self, row):
+        return torch.stack([row, row])
+
+    def all_reduce(self, tensor, op="mean", *, met=False):
         self.calls.append((op, tensor.tolist()))
         both = torch.stack([tensor, torch.tensor(self.other[op], dtype=tensor.dtype)])
-        return {"sum": both.sum(0), "max": both.amax(0), "min": both.amin(0)}[op]
+        return {"sum": both.sum(0), "max": both.amax(0)}[op]
 
 
 def test_sync_dist_weights_the_ranks_by_what_they_have_seen():
-    ranks = Ranks({"sum": [40.0, 2.0], "max": [7.0]})
-    log = make(every=5, all_reduce=ranks)
+    ranks = Ranks({"sum": [40.0, 5.0, 2.0, 1.0], "max": [7.0, -0.5]})
+    log = make(every=5, ranks=ranks)
     with log.stage("validate"):
         log.hook("validation_step")
         for value, size in ((1.0, 4), (2.0, 2)):
-            log.log("mean", torch.tensor(value), sync_dist=True, batch_size=size)
             log.log("max", torch.tensor(value), sync_dist=True, reduce_fx="max")
+            log.log("mean", torch.tensor(value), sync_dist=True, batch_size=size)
+            log.log("min", torch.tensor(value), sync_dist=True, reduce_fx="min")
+            log.log("sum", torch.tensor(value), sync_dist=True, reduce_fx="sum")
             log.log("local", torch.tensor(value), batch_size=size)
             log.log("zero", torch.tensor(value), sync_dist=True, rank_zero_only=True, reduce_fx="sum")
         log.reduce_epoch()
         results = log.send_epoch(0, 0)
-    assert ranks.calls == [("sum", [8.0, 6.0]), ("max", [2.0])]
-    assert results == {"mean": 48.0 / 8.0, "max": 7.0, "local": pytest.approx(8 / 6), "zero": 3.0}
+    assert ranks.calls == [("sum", [8.0, 3.0, 6.0, 1.0]), ("max", [2.0, -1.0])]
+    expected = {"mean": 48.0 / 8.0, "sum": 8.0, "max": 7.0, "min": 0.5, "local": pytest.approx(8 / 6), "zero": 3.0}
+    assert results == expected
 
 
 def test_sync_dist_of_step_values_happens_at_log_points_only():
     ranks = Ranks({"sum": [4.0, 1.0]})
-    log = make(every=2, all_reduce=ranks)
+    log = make(every=2, ranks=ranks)
     with log.stage("train"):
         log.hook("training_step")
-        for step in (1, 2):
+        for step in (1, 2, 3):
             log.log("loss", torch.tensor(2.0 * step), sync_dist=True)
+            if step == 1:
+                assert "loss" not in log.callback_metrics
+                with pytest.raises(KeyError, match=r"'loss' after it was reduced over the ranks") as caught:
+                    log.callback_metrics["loss"]
+                says(caught.value)
             log.flush_step(step, 0)
-    assert ranks.calls == [("sum", [4.0, 1.0])]
+        assert log.callback_metrics["loss"] == 4.0  # not the local 6 of the third step
+        log.log("loss", torch.tensor(8.0), sync_dist=True)
+        log.reduce_now("loss")
+        assert log.callback_metrics["loss"] == 6.0
+    assert ranks.calls == [("sum", [4.0, 1.0]), ("sum", [8.0, 1.0])]
     assert rows(log) == [(2, {"epoch": 0, "loss": 4.0})]
 
 

@@ -169,9 +169,9 @@ def test_ranks_agree_on_the_number_of_batches():
 
 
 def test_last_batch_is_repeated():
-    batches = repeat_last([1, 2])
+    batches = repeat_last([1, 2], 2)
     assert [next(batches) for _ in range(4)] == [1, 2, 2, 2]
-    assert list(repeat_last([])) == []
+    assert list(repeat_last([], 0)) == []
 
 
 def test_each_of_several_loaders_is_split():

@@ -178,6 +178,16 @@ class Backend(ABC):
 
     # ---------------------------------------------------------------- defaults
 
+    def meet(self, call: str) -> None:
+        """Note that a rank is between two steps, about to do `call`, and so must all the others be.
+
+        Replicas make what their forwards changed the same again here.
+        """
+        self.collectives.meet(call)
+
+    def check_replicas(self, module: nn.Module) -> None:  # noqa: B027  # shards differ by design
+        """Raise `ProtocolError` on every rank unless the ranks hold the same parameters and buffers."""
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return a fresh context for one forward pass: autocast, another default dtype, or nothing."""
         return self.precision.forward_context(self.device.type)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xtrain.checkpoint import named
 from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
+from xtrain.launch.join import current_launch
 from xtrain.tensors import move_module
 
 from ..eager.process_group import join_processes, random_stream
@@ -93,12 +94,13 @@ class DeepSpeed(ScalingBackend):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the only device there is
         on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
         # DeepSpeed insists on this variable, also without any launcher.
-        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+        local_rank = int(os.environ.setdefault("LOCAL_RANK", str(current_launch().local_rank)))
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
         if not on_cpu:
             torch.cuda.set_device(self.device)
         kind: Literal["gloo", "nccl"] = "gloo" if on_cpu else "nccl"
         self.collectives = join_processes(kind, self.device, devices=self.devices, always=True, timeout=self.timeout)
+        self.collectives.equal_forwards = self.stage == 3  # each gathers parameters
         _start_deepspeed(kind, self.config["zero_optimization"])
 
     def setup_module(self, module: nn.Module) -> None:
@@ -163,10 +165,13 @@ class DeepSpeed(ScalingBackend):
                 self._sharded.backward(lambda: loss.backward(*args, **kwargs), retained)
 
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
+        engine = self._engines[optimizer]
+        call = f"average the gradients of {optimizer!r}"
+        anywhere = any(map(any, self.collectives.meet(call, bytes([engine.has_gradients]))))
         if self.scaler is None:
-            self._engines[optimizer].finalize(None)
+            engine.finalize(None, anywhere)
         else:
-            self._engines[optimizer].finalize(self.scaler.current_scale)
+            engine.finalize(self.scaler.current_scale, anywhere)
             self.scaler.note_unscaled(optimizer)
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:

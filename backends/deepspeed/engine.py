@@ -160,17 +160,18 @@ class OptimizerEngine:
             zero.reset_cpu_buffers()
             zero._offload_accumulated_param_ids = set()
 
-    def finalize(self, scale: float | None) -> None:
+    def finalize(self, scale: float | None, anywhere: bool) -> None:
         """Average the gradients over the ranks into shards, and take the loss scale off.
 
         Args:
             scale: the loss scale, or None without one.
+            anywhere: whether any rank has a gradient; where there is none, it counts as zero.
         """
         self._check_unchanged()
-        if not self.has_gradients:
+        if not anywhere:
             return
         leftover = self.leftover
-        if leftover is not None and self.stage:  # DeepSpeed reuses the buffers they are in
+        if leftover is not None and self.stage:  # in buffers that DeepSpeed reuses
             leftover = {i: g.clone() for i, g in leftover.items()}
         self._reduce()
         self.leftover, self.gradients = None, self._shards()
@@ -180,7 +181,7 @@ class OptimizerEngine:
         if leftover is not None:
             self._add(leftover)
         if self._overflowed is not None and self.stage:
-            self._overflowed = self._collectives.all_reduce(self._overflowed, "max")
+            self._overflowed = self._collectives.all_reduce(self._overflowed, "max", met=True)
 
     def _check_unchanged(self) -> None:
         """Refuse to step on part of what the user means: DeepSpeed fixed its shards at set-up."""
@@ -199,8 +200,7 @@ class OptimizerEngine:
             return
         with _requiring_grad(self.parameters):  # DeepSpeed passes over what is toggled off
             for parameter in self.parameters:
-                # Every rank must reduce the same list, and stage 3 would take a missing gradient
-                # from the previous step.
+                # Every rank must reduce the same list; stage 3 would take the previous step's.
                 if parameter.grad is None:
                     _fill(parameter)
                 elif parameter.grad.is_sparse:  # shards are slices of a dense buffer
@@ -229,7 +229,7 @@ class OptimizerEngine:
 
     def _average(self) -> None:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = self._collectives.all_reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        flat = self._collectives.all_reduce(torch.cat([g.flatten() for g in gradients]), "mean", met=True)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

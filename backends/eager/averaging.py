@@ -1,7 +1,7 @@
 """The average of one optimizer's gradients over the ranks, made once, when they are first needed.
 
-First the ranks agree on which parameters have a gradient at all (a byte each), so it may be missing on
-some of them; then large gradients are reduced in place and small ones in flat buffers.
+First the ranks meet: which optimizer it is, and which parameters have a gradient at all (a byte each), so it
+may be missing on some of them. Then large gradients are reduced in place and small ones in flat buffers.
 """
 
 from __future__ import annotations
@@ -12,35 +12,21 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from xtrain.errors import ProtocolError, explain
+from xtrain.collectives import FACTS, Collectives
 
 _NONE, _DENSE, _SPARSE = 0, 1, 2
 _LARGE = 2**18  # bytes: from here on, a copy into a buffer costs more than a reduction of its own
 
 
-def average_gradients(parameters: Sequence[Tensor], position: int, width: int) -> None:
-    """Make each gradient its mean over the ranks; where some ranks have none, theirs counts as zero.
-
-    Args:
-        parameters: of one optimizer, in the same order on every rank.
-        position: number of the optimizer, below 255; all ranks must be at the same.
-        width: the largest number of parameters of any optimizer of the run.
-
-    Raises:
-        ProtocolError: if the ranks step different optimizers.
-    """
-    average(parameters, agree([state_of(p) for p in parameters], position, width))
-
-
 @torch.no_grad()
-def average(parameters: Sequence[Tensor], states: Sequence[int]) -> None:
-    """Make each gradient its mean over the ranks.
+def average(parameters: Sequence[Tensor], states: Sequence[int], world: int) -> None:
+    """Make each gradient its mean over the ranks; where some ranks have none, theirs counts as zero.
 
     Args:
         parameters: in the same order on every rank.
         states: of each, what `agree` made of `state_of`: the same on every rank.
+        world: number of ranks.
     """
-    world = dist.get_world_size()
     dense: list[Tensor] = []
     for parameter, state in zip(parameters, states, strict=True):
         if state == _SPARSE:
@@ -60,33 +46,24 @@ def state_of(parameter: Tensor) -> int:
     return _SPARSE if parameter.grad.is_sparse else _DENSE
 
 
-def agree(facts: list[int], position: int, width: int) -> list[int]:
-    """Return the largest over the ranks of each of `facts`, bytes about the optimizer at `position`.
+def agree(facts: Sequence[int], call: str, ranks: Collectives) -> list[int]:
+    """Return the largest over the ranks of each of `facts`, bytes.
 
     Args:
         facts: as many on every rank.
-        position: see `average_gradients`.
-        width: the largest number of facts about any optimizer.
+        call: names the optimizer and how many facts there are, see `Collectives.meet`.
+        ranks: the processes of the run.
 
     Raises:
-        ProtocolError: if the ranks are at different optimizers.
+        ProtocolError: on every rank, if they are not at the same optimizer in the same step.
     """
-    # One length for all optimizers: with different ones, gloo would end the process without a word.
-    header = [position, 255 - position, *facts, *[0] * (width - len(facts))]
-    agreed = torch.tensor(header, dtype=torch.uint8)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    highest, lowest, *whole = agreed.tolist()
-    lowest = 255 - lowest
-    if highest != lowest:
-        other = lowest if highest == position else highest
-        raise ProtocolError(
-            explain(
-                "every rank to clip or step the same optimizer",
-                f"optimizer {position} on this rank, optimizer {other} on another",
-                "decide from batch_idx or from self.all_gather(...), which are the same everywhere",
-            )
-        )
-    return whole[: len(facts)]
+    rows = ranks.meet(call, bytes(facts[:FACTS]))
+    agreed = [max(column) for column in zip(*rows, strict=True)]
+    if len(facts) > FACTS:
+        rest = torch.tensor(facts[FACTS:], dtype=torch.uint8)
+        dist.all_reduce(rest, dist.ReduceOp.MAX)
+        agreed += rest.tolist()
+    return agreed
 
 
 def _average_dense(gradients: list[Tensor], world: int) -> None:

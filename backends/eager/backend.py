@@ -20,9 +20,9 @@ from xtrain.rules import reevaluates_closure
 from xtrain.scaler import LossScaler
 from xtrain.tensors import move_module
 
-from .averaging import average_gradients
+from .averaging import agree, average, state_of
 from .process_group import join_processes, random_stream
-from .replicas import check_module, check_optimizers
+from .replicas import CommonBuffers, check_module, check_optimizers, check_replicas
 from .scaling import ScalingBackend
 
 
@@ -30,16 +30,16 @@ class EagerBackend(ScalingBackend):
     """Backward, clip and step of plain PyTorch, with the loss scaler for several optimizers.
 
     Args:
-        broadcast_start: take the parameters of rank 0 on every rank, instead of refusing to start with
+        broadcast_start: every rank starts with the parameters of rank 0; False refuses to start with
             different ones.
         timeout: seconds that a process waits for the others before it gives up.
     """
 
     _optimizers: Sequence[OptimizerHandle] = ()
-    _width: int = 0  # parameters of the largest optimizer
     _replicated: bool = False  # whether there are other processes
+    _buffers: CommonBuffers | None = None  # of a training on several processes
 
-    def __init__(self, broadcast_start: bool = False, timeout: float = 600.0) -> None:
+    def __init__(self, broadcast_start: bool = True, timeout: float = 600.0) -> None:
         self.broadcast_start = broadcast_start
         self.timeout = timedelta(seconds=timeout)
 
@@ -56,7 +56,7 @@ class EagerBackend(ScalingBackend):
         self._optimizers = optimizers
         if self._replicated:
             check_optimizers(module, optimizers, self.collectives)
-            self._width = max((len(o.parameters) for o in optimizers), default=0)
+            self._buffers = CommonBuffers(module, self.collectives)
         self._start_scaler()
 
     def random_stream(self) -> AbstractContextManager[None]:
@@ -85,10 +85,17 @@ class EagerBackend(ScalingBackend):
     def average_gradients(self, optimizer: OptimizerHandle) -> None:
         """Average the gradients of `optimizer` over the processes; an overflow on one is one on all after this."""
         if self._replicated:
-            average_gradients(optimizer.parameters, self._position(optimizer), self._width)
+            parameters = optimizer.parameters
+            states = self._agree(optimizer, [state_of(p) for p in parameters])
+            average(parameters, states, self.collectives.world_size)
 
-    def _position(self, optimizer: OptimizerHandle) -> int:
-        return next(i for i, o in enumerate(self._optimizers) if o is optimizer)
+    def _agree(self, optimizer: OptimizerHandle, facts: list[int]) -> list[int]:
+        """Meet the other ranks at `optimizer`; return the largest of each of `facts`."""
+        call, buffers = f"average the gradients of {optimizer!r} ({len(facts)} parameters)", self._buffers
+        changed, *agreed = agree([buffers is not None and buffers.changed(), *facts], call, self.collectives)
+        if buffers is not None:
+            buffers.stale |= bool(changed)
+        return agreed
 
     def unscale_gradients(self, scaler: LossScaler, optimizer: OptimizerHandle) -> None:
         """Take the loss scale off averaged gradients, and note whether they are finite."""
@@ -124,6 +131,19 @@ class EagerBackend(ScalingBackend):
     def step_boundary(self) -> None:
         if self.scaler is not None:
             self.scaler.update(self._optimizers)
+        if self._buffers is not None:  # not earlier: a backward of this step may need what the forward left
+            self._buffers.refresh()
+
+    def meet(self, call: str) -> None:
+        changed = self._buffers is not None and self._buffers.changed()
+        heard = self.collectives.meet(call, bytes([changed]))
+        if self._buffers is not None:
+            self._buffers.stale |= any(map(any, heard))
+            self._buffers.refresh()
+
+    def check_replicas(self, module: nn.Module) -> None:
+        if self._replicated:
+            check_replicas(module, self.collectives)
 
     def unseen_gradient(self) -> str | None:
         lost = ["the average over processes"] if self._replicated else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from xtrain.collectives import Collectives, ReduceOp
+from xtrain.collectives import HEADER, Collectives, ReduceOp
 from xtrain.launch.join import STORES, current_launch, join
 
 T = TypeVar("T")
 
 _OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# The second name is the older one.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_SLICE = timedelta(seconds=1)
 # A CUDA run talks about host values too: fingerprints, objects, which gradients there are.
 _GROUPS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 
@@ -33,47 +37,96 @@ class TorchCollectives(Collectives):
     def __init__(self, device: torch.device, local_rank: int) -> None:
         self.device, self.local_rank = device, local_rank
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._unheard: deque[Callable[[], None]] = deque()  # headers that were sent and not looked at yet
+
+    def meet(self, call: str, facts: bytes = b"", note: str = "") -> list[bytes]:
+        return self._start(call, facts, note)() if self.world_size > 1 else [facts]
+
+    def _start(self, call: str, facts: bytes, note: str = "") -> Callable[[], list[bytes]]:
+        """Send a header; the returned function waits for those of the others.
+
+        Earlier headers are looked at first: what differs is told before this rank waits in vain.
+        """
+        received = torch.empty((self.world_size, HEADER), dtype=torch.uint8)
+        work = _ALL_GATHER(received.view(-1), self._header(call, facts, note), async_op=True)
+        heard: list[bytes] = []
+
+        def hear() -> None:
+            _wait(work, call)
+            heard.extend(self._heard(received))
+
+        def answer() -> list[bytes]:
+            while not heard:
+                self._unheard.popleft()()
+            return heard
+
+        self._unheard.append(hear)
+        return answer
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Return a contiguous copy of `tensor` that the group can send."""
         return tensor.detach().to(self.device, copy=True).contiguous()
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean", *, met: bool = False) -> Tensor:
+        if not met:
+            self.meet(f"reduce ({op}) {_form(tensor)}")
         reduced = self._own(tensor)
-        if op == "mean" and not reduced.dtype.is_floating_point:
+        if op == "mean" and not (reduced.dtype.is_floating_point or reduced.dtype.is_complex):
             reduced = reduced.double()
         dist.all_reduce(reduced, _OPERATIONS[op])
         if op == "mean":
             reduced /= self.world_size
         return reduced.to(tensor.device)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, *, met: bool = False) -> Tensor:
+        if not met:
+            self.meet(f"gather {_form(tensor)}")
         own = self._own(tensor)
-        parts = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(parts, own)
-        return torch.stack(parts).to(tensor.device)
+        sent = _bits(own)
+        parts = torch.empty(self.world_size * sent.numel(), dtype=torch.uint8, device=self.device)
+        if sent.numel():
+            _ALL_GATHER(parts, sent)
+        return parts.view(own.dtype).view(self.world_size, *own.shape).to(tensor.device)
 
     def broadcast(self, value: T, source: int = 0) -> T:
         if isinstance(value, Tensor):
-            sent = self._own(value)
-            dist.broadcast(sent, source)
-            return sent.to(value.device)  # type: ignore[return-value]
+            self.meet(f"broadcast {_form(value)} of rank {source}")
+            own = self._own(value)
+            sent = _bits(own)
+            if sent.numel():
+                dist.broadcast(sent, source)
+            return sent.view(own.dtype).view(own.shape).to(value.device)  # type: ignore[return-value]
+        self.meet(f"broadcast an object of rank {source}")
         box: list[Any] = [value]
         dist.broadcast_object_list(box, source)
         return box[0]  # type: ignore[no-any-return]
 
     def all_true(self, flag: bool) -> Callable[[], bool]:
-        lowest = torch.tensor([flag], dtype=torch.uint8)
-        work = dist.all_reduce(lowest, dist.ReduceOp.MIN, async_op=True)
-
-        def answer() -> bool:
-            work.wait()
-            return bool(lowest.item())
-
-        return answer
+        answer = self._start("ask whether every rank has another batch", bytes([flag]))
+        return lambda: all(map(any, answer()))
 
     def barrier(self) -> None:
-        dist.barrier()
+        self.meet("wait for all ranks")
+
+
+def _wait(work: Any, call: str) -> None:
+    """Wait for the other ranks in slices of a second, between which Ctrl-C works."""
+    while True:
+        try:
+            work.wait(_SLICE)
+            return
+        except RuntimeError as error:
+            if work.is_completed():
+                raise RuntimeError(f"{error} (it was to {call})") from error
+
+
+def _form(tensor: Tensor) -> str:
+    return f"a tensor of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a contiguous tensor, for the types that a group does not know."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def join_processes(
@@ -101,7 +154,7 @@ def join_processes(
     if not dist.is_initialized():
         if world is not None:
             place = world.launch
-            store = STORES.PrefixStore("xtrain", world.store)
+            store = STORES.PrefixStore("group", world.store)
             dist.init_process_group(
                 _GROUPS[kind], store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
             )
@@ -137,7 +190,7 @@ def random_stream(collectives: Collectives, device: torch.device) -> Iterator[No
 
 
 def gather_objects(value: Any, world_size: int) -> list[Any]:
-    """Return what each rank passed (anything picklable), in order of rank."""
+    """Return what each rank passed (anything picklable), in order of rank; the ranks must have met before."""
     gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, value)
     return gathered

@@ -32,8 +32,6 @@ from .sharding import ShardedModule
 from .state import load_training_state, training_state
 from .whole import WholeStep, looks_at_whole
 
-_BACKWARD = 254  # in place of an optimizer's position, where ranks meet before a backward
-
 
 @final
 class FSDP(EagerBackend):
@@ -114,6 +112,7 @@ class FSDP(EagerBackend):
         kind: Literal["gloo", "nccl"] = "nccl" if on_gpu else "gloo"
         self.collectives = join_processes(kind, self.device, devices=self.devices, always=True, timeout=self.timeout)
         self._replicated = self.collectives.world_size > 1
+        self.collectives.equal_forwards = True  # each gathers parameters
 
     def setup_module(self, module: nn.Module) -> None:
         if self._replicated:
@@ -136,8 +135,6 @@ class FSDP(EagerBackend):
             if mixes(optimizer.optimizer):  # one call for parameters of both kinds would fail
                 for group in optimizer.optimizer.param_groups:
                     group.update({"foreach": False} if "foreach" in group else {})
-        widths = [len(self._reduced_with(o)) + len(self._plain(o)) for o in optimizers]
-        self._width = max([*widths, self._passes.facts])
 
     def teardown(self) -> None:
         if self._sharded is not None:
@@ -181,13 +178,18 @@ class FSDP(EagerBackend):
         for _, parameter in [] if self._sharded is None else self._sharded.by_shard.values():
             parameter.pass_on_hooks()
         if self._replicated:
-            self._passes.meet(loss, lambda facts: agree(facts, _BACKWARD, self._width))
+            self._passes.meet(
+                loss, lambda facts: agree(facts, f"run a backward ({len(facts)} facts)", self.collectives)
+            )
         with self._passes.backward(create, retain):
             super().backward(loss, *args, **kwargs)
 
     def _leaves(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         known = {} if self._sharded is None else self._sharded.by_shard
         return [known[p][1].whole if p in known else p for p in parameters]
+
+    def check_replicas(self, module: nn.Module) -> None:
+        """Compare nothing: shards differ by design."""
 
     def leaves_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
         return self._leaves(optimizer.parameters)
@@ -197,8 +199,8 @@ class FSDP(EagerBackend):
         plain = self._plain(optimizer)
         facts = [int(p.local_gradient is not None) for _, p in reduced] + [state_of(p) for p in plain]
         if self._replicated:
-            facts = agree(facts, self._position(optimizer), self._width)
-            average(plain, facts[len(reduced) :])
+            facts = self._agree(optimizer, facts)
+            average(plain, facts[len(reduced) :], self.collectives.world_size)
         wanted: dict[LayerGroup, list[ShardedParameter]] = {}
         for (group, parameter), exists in zip(reduced, facts, strict=False):
             if exists:
@@ -212,7 +214,7 @@ class FSDP(EagerBackend):
         found = scaler.unscale(optimizer)
         if not found:  # on no rank: they agreed on which gradients there are
             return
-        everywhere = self.collectives.all_reduce(torch.stack([flag.cpu() for flag in found]).max(), "max")
+        everywhere = self.collectives.all_reduce(torch.stack([flag.cpu() for flag in found]).max(), "max", met=True)
         found[:] = [everywhere]
 
     def scaled_gradients(self, optimizer: OptimizerHandle) -> Iterable[Any]:

@@ -25,12 +25,12 @@ class Replicas(Collectives):
         self.local_rank = runtime.xr.local_ordinal()
         self.world_size = runtime.xr.world_size()
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean") -> Tensor:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean", *, met: bool = False) -> Tensor:
         kind, scale = ("sum", 1.0 / self.world_size) if op == "mean" else (op, 1.0)
         (reduced,) = self._runtime.all_reduce(kind, [self._here(tensor).clone()], scale)
         return self._settled(reduced).to(tensor.device)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, *, met: bool = False) -> Tensor:
         mine = torch.arange(self.world_size).view(-1, *[1] * tensor.dim()) == self.rank
         return self._sum_where(mine, tensor)
 

@@ -113,7 +113,8 @@ def test_started_ranks_work_where_the_command_was_given(tmp_path):
         f"import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]; import xtrain, launched; "
         f"os.chdir({str(tmp_path)!r}); sys.argv = ['x', '--devices', '4', '--out', {str(tmp_path)!r}]; launched.main()"
     )
-    subprocess.run([sys.executable, "-c", code], env=environment(), timeout=BOUND, cwd=ROOT, check=True)
+    variables = environment(XTRAIN_MANY_PROCESSES="1")
+    subprocess.run([sys.executable, "-c", code], env=variables, timeout=BOUND, cwd=ROOT, check=True)
     same_as_one_process(tmp_path, 4)  # whatever the number of cores
 
 

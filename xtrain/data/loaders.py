@@ -42,7 +42,7 @@ def read_loaders(stage: str, given: Any, owners: Iterable[Any], ranks: Collectiv
     found = [combined(given)] if stage == "fit" else as_loaders(given)
     for loader in found:
         _check_loader(loader, stage)
-    return [shard_loader(loader, ranks) for loader in found]
+    return [shard_loader(loader, ranks, evaluation=stage != "fit") for loader in found]
 
 
 def _check_loader(loader: Any, stage: str) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from xtrain.collectives import Collectives
 from xtrain.data.batches import END
 from xtrain.data.combined import CombinedLoader, TogetherLoader
+from xtrain.data.parts import EachOnce, PartOfIterable, PartOfSampler, WorkerStart, tell_epoch
 from xtrain.errors import ConfigurationError, explain
 
 _COPIED = (
@@ -36,84 +29,56 @@ _COPIED = (
 )
 
 
-def shard_loader(loader: Any, ranks: Collectives) -> Any:
+def shard_loader(loader: Any, ranks: Collectives, evaluation: bool = False) -> Any:
     """Return `loader` for this rank: a DataLoader reads its part, anything else is left alone.
 
-    The parts of a map-style dataset are made by `torch.utils.data.DistributedSampler`: equally long
-    (a few samples are repeated) and, if the loader shuffles, in an order seeded by the epoch. A
-    custom sampler keeps its order and is split. An `IterableDataset` is split item by item over ranks
-    and workers, unless it says ``sharded = True``. A sampler that is distributed already stays.
+    For training the parts of a map-style dataset are made by `torch.utils.data.DistributedSampler`: equally
+    long (a few samples are repeated) and, if the loader shuffles, in an order seeded by the epoch. For an
+    evaluation each sample is in one part, and the parts in order of rank are the whole. The order of a custom
+    sampler is rank 0's, and is split. An `IterableDataset` that asks how many workers there are splits itself;
+    any other is split item by item over ranks and workers, unless it says ``sharded = True``. A sampler that is
+    distributed already stays.
 
     Args:
         loader: what the user gave; its ``batch_size`` is per rank.
         ranks: the processes of the run.
+        evaluation: no gradients are averaged, so the parts may be unequal, where the forward allows it.
 
     Raises:
         ConfigurationError: if the loader is of a class that cannot be made anew.
     """
     if ranks.world_size > 1 and isinstance(loader, TogetherLoader):
-        return TogetherLoader(loader.combined.mapped(lambda part: shard_loader(part, ranks)))
+        return TogetherLoader(loader.combined.mapped(lambda part: shard_loader(part, ranks, evaluation)))
     if ranks.world_size == 1 or not isinstance(loader, DataLoader):
         return loader
     if isinstance(loader.dataset, IterableDataset):
         if getattr(loader.dataset, "sharded", False):
             return loader
-        items = _PartOfIterable(loader.dataset, ranks.rank, ranks.world_size)
-        return _rebuilt(loader, dataset=items, batch_size=loader.batch_size, drop_last=loader.drop_last)
+        items = PartOfIterable(loader.dataset, ranks.rank, ranks.world_size)
+        start = WorkerStart(loader.worker_init_fn)
+        size = loader.batch_size
+        return _rebuilt(loader, dataset=items, worker_init_fn=start, batch_size=size, drop_last=loader.drop_last)
     batches: Any = loader.batch_sampler
     if any(hasattr(s, "num_replicas") for s in (loader.sampler, batches, getattr(batches, "sampler", None))):
         return loader
+    equal = not evaluation or ranks.equal_forwards
     if batches is None:
-        return _rebuilt(loader, batch_size=None, sampler=_part_of(loader.sampler, loader.dataset, ranks))
+        return _rebuilt(loader, batch_size=None, sampler=_part_of(loader.sampler, loader.dataset, ranks, equal))
     if type(batches) is BatchSampler:
-        part = _part_of(batches.sampler, loader.dataset, ranks)
+        part = _part_of(batches.sampler, loader.dataset, ranks, equal)
         return _rebuilt(loader, sampler=part, batch_size=batches.batch_size, drop_last=batches.drop_last)
-    return _rebuilt(loader, batch_sampler=_part_of(batches, None, ranks))  # whole batches go to ranks
+    return _rebuilt(loader, batch_sampler=_part_of(batches, None, ranks, equal))  # whole batches go to ranks
 
 
-def _part_of(sampler: Any, dataset: Any, ranks: Collectives) -> DistributedSampler[Any]:
+def _part_of(sampler: Any, dataset: Any, ranks: Collectives, equal: bool) -> Any:
     seed = int(os.environ.get("XTRAIN_SEED", "0"))
-    if type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == len(dataset):
-        shuffle = type(sampler) is RandomSampler
+    shuffle = type(sampler) is RandomSampler
+    every_sample_once = type(sampler) is SequentialSampler or (shuffle and not sampler.replacement)
+    if not every_sample_once or len(sampler) != len(dataset):
+        return PartOfSampler(sampler, ranks, seed, equal)
+    if equal:
         return DistributedSampler(dataset, ranks.world_size, ranks.rank, shuffle=shuffle, seed=seed)
-    return _PartOfSampler(sampler, ranks.world_size, ranks.rank, seed)
-
-
-class _PartOfSampler(DistributedSampler[Any]):
-    """This rank's part of the order in which any sampler, or batch sampler, would visit the data."""
-
-    def __init__(self, sampler: Any, world_size: int, rank: int, seed: int) -> None:
-        super().__init__(range(len(sampler)), world_size, rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
-        self.sampler = sampler
-
-    def set_epoch(self, epoch: int) -> None:
-        """Seed the order of the next iteration."""
-        super().set_epoch(epoch)
-        _set_epoch(self.sampler, epoch)
-
-    def __iter__(self) -> Iterator[Any]:
-        # A sampler without a generator of its own draws from torch's: all ranks must draw the same.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
-            order = list(self.sampler)
-        return (order[position] for position in super().__iter__())
-
-
-class _PartOfIterable(IterableDataset[Any]):
-    """Every n-th item of an iterable dataset, n being ranks times loader workers."""
-
-    def __init__(self, dataset: Any, rank: int, world_size: int) -> None:
-        self.dataset, self.rank, self.world_size = dataset, rank, world_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on."""
-        _set_epoch(self.dataset, epoch)
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        start = worker * self.world_size + self.rank  # neighbours go to different ranks
-        return itertools.islice(iter(self.dataset), start, None, self.world_size * workers)
+    return EachOnce(len(dataset), shuffle, ranks, seed)
 
 
 def _rebuilt(loader: DataLoader[Any], **changed: Any) -> Any:
@@ -135,13 +100,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
         set_epoch(part, epoch)
     batches = getattr(loader, "batch_sampler", None)
     for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-        _set_epoch(part, epoch)
-    _set_epoch(getattr(loader, "dataset", None), epoch)
-
-
-def _set_epoch(part: Any, epoch: int) -> None:
-    if hasattr(part, "set_epoch"):
-        part.set_epoch(epoch)
+        tell_epoch(part, epoch)
+    tell_epoch(getattr(loader, "dataset", None), epoch)
 
 
 def common_size(size: int | None, ranks: Collectives, uneven: str) -> int | None:
@@ -161,12 +121,24 @@ def common_size(size: int | None, ranks: Collectives, uneven: str) -> int | None
     return min(sizes) if uneven == "drop" else max(sizes)
 
 
-def repeat_last(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches, then the last one again and again; nothing if there are none."""
-    last: Any = END
+def repeat_last(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    """Yield the batches, then the last one again and again.
+
+    Args:
+        batches: this rank's.
+        size: how many there are, so they say; other ranks may have more.
+
+    Raises:
+        ConfigurationError: if there are fewer.
+    """
+    last, count = END, 0
     for last in batches:  # used after the loop
+        count += 1
         yield last
-    while last is not END:
+    if count < size:
+        fix = "__len__ that counts what __iter__ gives, or none at all: ranks that do not know agree on each batch"
+        raise ConfigurationError(explain(f"{size} batches, as len(loader) says", f"{count} on this rank", fix))
+    while count:
         yield last
 
 

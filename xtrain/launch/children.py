@@ -64,6 +64,18 @@ class Board:
                 return Failure(**json.loads(self._store.get("failure")))
         return None
 
+    def wait_in_vain(self, rank: int) -> None:
+        """Say that `rank` waited for others that did not come."""
+        with suppress(Exception):
+            self._store.set(f"waited{rank}", "1")
+
+    def missing(self, count: int) -> list[int]:
+        """Return which of `count` ranks did not wait for others, as a rank that hangs elsewhere."""
+        with suppress(Exception):
+            absent = [rank for rank in range(count) if not self._store.check([f"waited{rank}"])]
+            return absent if len(absent) < count else []
+        return []
+
 
 class Children:
     """Ranks 1 to ``count - 1``, started and watched by rank 0.
@@ -71,17 +83,18 @@ class Children:
     Args:
         count: number of ranks, this one included.
         port: where rank 0 keeps the store they meet at.
+        token: what the keys of this run begin with.
         board: where they say why they fail.
         in_run: set while rank 0 is in a run, during which no child may end.
     """
 
-    def __init__(self, count: int, port: int, board: Board, in_run: threading.Event) -> None:
+    def __init__(self, count: int, port: int, token: str, board: Board, in_run: threading.Event) -> None:
         self.failure: Failure | None = None
         self._board, self._in_run, self._closing = board, in_run, threading.Event()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         command = own_command()
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": str(port), LAUNCH_ID: str(os.getpid()), _PARENT: str(os.getpid())}
+        shared |= {"MASTER_PORT": str(port), LAUNCH_ID: token, _PARENT: str(os.getpid())}
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store exists: whoever reads this only connects
         environ = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **shared}
         self._watcher = threading.Thread(target=self._watch, name="xtrain-ranks", daemon=True)
@@ -127,6 +140,9 @@ class Children:
         for rank, process in self._processes.items():
             status = process.poll()
             if status is not None and (status or self._in_run.is_set()):
+                # Its loader workers hold its sockets open, so rank 0 would not notice that it is gone.
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 time.sleep(_POLL)  # another one may have said why, and this one only lost its peer
                 return self._board.read() or Failure(rank, exit_text(status))
         return None
@@ -216,8 +232,9 @@ def _not_repeatable(arguments: Sequence[str]) -> str | None:
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None and multiprocessing.parent_process() is not None:
         return "a worker process of multiprocessing"
-    if not file and "-c" not in arguments:
-        return "a program read from standard input"
+    path = getattr(main, "__file__", None) or ""
+    if "-c" not in arguments and (not path or path.startswith(("<", "/dev/", "/proc/"))):
+        return "a program read from standard input or a pipe"
     return None
 
 
@@ -226,8 +243,9 @@ def _not_repeatable(arguments: Sequence[str]) -> str | None:
 
 def follow_parent() -> None:
     """Make this process end when rank 0, which started it, is gone. Does nothing in any other process."""
-    parent = int(os.environ.get(_PARENT, "0"))
-    if not parent or _FOLLOWER in os.environ:  # nobody's child, or a loader worker of one
+    parent = os.getppid()
+    # Not the number of this very parent: nobody's child, or what a child has started itself.
+    if os.environ.get(_PARENT) != str(parent) or _FOLLOWER in os.environ:
         return
     os.environ[_FOLLOWER] = str(os.getpid())
 

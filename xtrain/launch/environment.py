@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 
 from xtrain.compat.backends import REPLICAS, WISHES
 from xtrain.errors import ConfigurationError, explain
+from xtrain.launch.clusters import as_torchrun
 
 LAUNCH_ID = "XTRAIN_LAUNCH_ID"
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+_USES = ("CPU", "DEEPSPEED", "FSDP", "MEGATRON_LM")
+_ACCELERATE = ("ACCELERATE_MIXED_PRECISION", *(f"ACCELERATE_USE_{use}" for use in _USES))
+_PJRT = ("CPU", "TPU", "CUDA", "GPU", "ROCM", "XPU", "NEURON")
 _FOREIGN = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 _PRECISIONS = {"no": None, "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -35,6 +38,8 @@ class Launch:
         precision: the precision it asked for, or None.
         warnings: what is suspicious about it.
         sources: where each value came from, as ``NAME=value``.
+        address: where rank 0 keeps the store in which they meet; empty for a process that nobody placed.
+        port: likewise.
     """
 
     launcher: str = "python"
@@ -46,6 +51,8 @@ class Launch:
     precision: str | None = None
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    address: str = ""
+    port: int = 0
 
     @property
     def joined(self) -> bool:
@@ -64,7 +71,7 @@ class _Environment:
         raw = self.environ.get(name, "")
         if not raw:
             return None
-        if not raw.isdecimal():
+        if not (raw.isascii() and raw.isdecimal()):
             raise ConfigurationError(explain(f"{name} as a number from 0", f"{name}={raw!r}", f"unset {name}"))
         if use is not None:
             self.sources[use] = f"{name}={raw}"
@@ -91,19 +98,32 @@ def detect_launcher(environ: Mapping[str, str], parent: Sequence[str] = ()) -> L
     env = _Environment(environ)
     accelerate = any(name in environ for name in _ACCELERATE)
     backend, precision = _accelerate_wishes(env) if accelerate else (None, None)
+    cluster = ""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return _without_ranks(env, accelerate, backend, precision, parent)
-    missing = [name for name in _NEEDED if not environ.get(name)]
+        cluster, variables, sources = as_torchrun(environ)
+        if not cluster:
+            return _without_ranks(env, accelerate, backend, precision, parent)
+        wishes, env = env.sources, _Environment({**environ, **variables})
+        env.sources |= wishes
+    missing = [name for name in _NEEDED if not env.environ.get(name)]
     if missing:
-        there = ", ".join(f"{name}={environ[name]}" for name in _NEEDED if environ.get(name))
+        there = ", ".join(f"{name}={env.environ[name]}" for name in _NEEDED if env.environ.get(name))
         raise _refusal(f"{', '.join(missing)} beside {there}", "no such variable")
     rank, world = env.number("RANK", "rank") or 0, env.number("WORLD_SIZE", "world_size") or 0
     if rank >= world:
         raise _refusal("RANK below WORLD_SIZE", f"RANK={rank}, WORLD_SIZE={world}")
-    launcher = _name(env, accelerate)
+    launcher = cluster or _name(env, accelerate)
     local_rank, local_world = _local(env, rank, world)
-    warnings = _cross_check(env, launcher, world, local_world)
-    return Launch(launcher, rank, local_rank, world, local_world, backend, precision, warnings, env.sources)
+    warnings = () if cluster else _cross_check(env, launcher, world, local_world)
+    port = env.number("MASTER_PORT") or 0
+    if not 0 < port < 2**16:
+        raise _refusal("MASTER_PORT from 1 to 65535", f"MASTER_PORT={port}")
+    if cluster:
+        env.sources |= sources
+    address = env.environ["MASTER_ADDR"]
+    return Launch(
+        launcher, rank, local_rank, world, local_world, backend, precision, warnings, env.sources, address, port
+    )
 
 
 def wanted_processes(command: Sequence[str]) -> int | None:
@@ -126,6 +146,10 @@ def _accelerate_wishes(env: _Environment) -> tuple[str | None, str | None]:
                 explain("an accelerate configuration for CPU, MULTI_GPU, DEEPSPEED or XLA (TPU)",
                         f"one for {kind} ({variable}={env.environ[variable]}), which xtrain does not run", fix)
             )  # fmt: skip
+    if env.true("ACCELERATE_USE_DEEPSPEED") and env.true("ACCELERATE_USE_CPU") and "DS_ACCELERATOR" not in env.environ:
+        received = "ACCELERATE_USE_DEEPSPEED and ACCELERATE_USE_CPU"
+        fix = "unset ACCELERATE_USE_CPU, or DS_ACCELERATOR=cpu for DeepSpeed on the CPU"
+        raise ConfigurationError(explain("accelerate to ask for one backend", received, fix))
     backend = next((name for variable, name in WISHES.items() if env.true(variable, "backend")), None)
     mixed = env.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if mixed not in _PRECISIONS:
@@ -152,9 +176,15 @@ def _without_ranks(
         return Launch("accelerate-tpu", backend=REPLICAS, sources=env.sources)
     if environ.get("PJRT_DEVICE", "").upper() == "TPU":
         return Launch(backend=REPLICAS, sources={"backend": f"PJRT_DEVICE={environ['PJRT_DEVICE']}"})
+    if env.number("LOCAL_RANK"):
+        raise _refusal("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT beside LOCAL_RANK", "LOCAL_RANK alone")
+    runtime = environ.get("PJRT_DEVICE", "")
+    if runtime and runtime.upper() not in _PJRT:
+        fix = "unset PJRT_DEVICE, or PJRT_DEVICE=TPU"
+        return Launch(warnings=(explain(f"PJRT_DEVICE out of {', '.join(_PJRT)}", f"PJRT_DEVICE={runtime}", fix),))
     tasks = env.number("SLURM_NTASKS") or 1
-    batch_step = "SLURM_STEP_ID" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    return Launch(warnings=(_SRUN.format(tasks=tasks),) if tasks > 1 and batch_step else ())
+    script = environ.get("SLURM_JOB_NAME") not in (None, "bash", "interactive") and "SLURM_STEP_ID" not in environ
+    return Launch(warnings=(_SRUN.format(tasks=tasks),) if tasks > 1 and script else ())
 
 
 def _name(env: _Environment, accelerate: bool) -> str:
@@ -207,10 +237,9 @@ _ONE_PROCESS = (
     "--mixed_precision no --dynamo_backend no script.py"
 )
 _SRUN = (
-    "Expected RANK and WORLD_SIZE for the {tasks} tasks that srun started. Received: neither, so each of them "
-    "would train alone.\n"
-    "Fix:  srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=N "
-    "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 script.py"
+    "Expected srun to start the {tasks} tasks of this job (SLURM_NTASKS). Received: one process that the batch "
+    "script started itself, so it trains alone.\n"
+    "Fix:  srun python script.py"
 )
 _SLURM_TORCHRUN = (
     "Expected one torchrun per machine that knows the others. Received: SLURM_NTASKS={tasks} tasks, but torchrun "

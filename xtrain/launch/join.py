@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, wraps
@@ -16,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from torch import distributed as dist
 
 from xtrain.compat.backends import replica_rank
-from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
+from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, XTrainError, explain
 from xtrain.launch.children import GRACE, Board, Children, Failure, follow_parent, wait_for
 from xtrain.launch.environment import LAUNCH_ID, Launch, detect_launcher
 
@@ -25,6 +29,11 @@ T = TypeVar("T")
 
 JOIN_SECONDS = 300.0
 """How long the processes of a run wait for each other at the start."""
+
+MANY = "XTRAIN_MANY_PROCESSES"
+"""A variable: 1 says that more processes than processors are meant."""
+_ANSWER = timedelta(seconds=2)  # for one try: in it, Ctrl-C waits
+_TRIES = 5
 
 STORES: Any = dist  # torch exports its stores without declaring them
 _in_run = threading.Event()
@@ -37,16 +46,21 @@ class World:
     Attributes:
         launch: this process's place among them.
         store: a `torch.distributed` store that all of them share.
+        token: what its keys begin with.
     """
 
-    def __init__(self, launch: Launch, store: Any, address: str, port: int, started: bool) -> None:
-        self.launch, self.store = launch, store
-        own = STORES.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=GRACE))
+    def __init__(self, launch: Launch, store: Any, started: bool) -> None:
+        self.launch = launch
+        self.token = os.environ.get(LAUNCH_ID) or (secrets.token_hex(16) if started else "xtrain")
+        self.store = STORES.PrefixStore(self.token, store)
+        own = STORES.TCPStore(launch.address, launch.port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.board = Board(STORES.PrefixStore(f"xtrain-board-{attempt}", own))
+        self.board = Board(STORES.PrefixStore(f"{self.token}-board-{attempt}", own))
         self.ended = False
         self._shown_by_rank_0: BaseException | None = None
-        self.children = Children(launch.world_size, port, self.board, _in_run) if started else None
+        self.children: Children | None = None
+        if started:
+            self.children = Children(launch.world_size, launch.port, self.token, self.board, _in_run)
         if LAUNCH_ID in os.environ:
             sys.excepthook = self._report
 
@@ -54,29 +68,38 @@ class World:
         """Take part in the failure of a run: tell the others, or find out what they told.
 
         Raises:
-            RankFailedError: if `error` only says that another rank is gone.
+            RankFailedError: if `error` only says that another rank is gone, or does not come.
         """
         lost = _lost_a_peer(error)
+        if lost:
+            self.board.wait_in_vain(self.launch.rank)
         if self.children is not None:
             first = self.children.first_failure(GRACE) if lost else None
-            self.children.end()
-            self.ended = True
         else:
             first = wait_for(self.board.read, GRACE / 2) if lost else None
             self._shown_by_rank_0 = error
-        if first is not None:
-            self._shown_by_rank_0 = RankFailedError(str(first))
-            raise self._shown_by_rank_0 from None
-        if lost and self.children is not None:
-            fix = "the same calls on every rank, or backend_options={'timeout': 3600} for a slow one"
-            raise RankFailedError(explain("every rank to come to the same step", str(error), fix)) from error
-        if isinstance(error, Exception) and not lost and self.children is None:
+        missing = self.board.missing(self.launch.world_size) if lost and first is None else []
+        if self.children is not None:
+            self.children.end()
+            self.ended = True
+        if lost:
+            self._shown_by_rank_0 = RankFailedError(_lost_text(first, missing, error))
+            raise self._shown_by_rank_0 from (error if first is None else None)
+        if isinstance(error, Exception) and self.children is None:
             text = "".join(traceback.format_exception(error))
             self.board.write(Failure(self.launch.rank, f"{type(error).__name__}: {error}", text))
 
     def _report(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if error is not self._shown_by_rank_0:
             sys.__excepthook__(kind, error, trace)
+
+
+def _lost_text(first: Failure | None, missing: Sequence[int], error: BaseException) -> str:
+    if first is not None:
+        return str(first)
+    absent = f"nothing from rank {', '.join(map(str, missing))}; " if missing else ""
+    fix = "the same calls on every rank, or backend_options={'timeout': 3600} for a slow one"
+    return explain("every rank to come to the same step", f"{absent}{error}", fix)
 
 
 def current_launch() -> Launch:
@@ -186,35 +209,87 @@ def _check_devices(launch: Launch, devices: int | None) -> None:
 
 
 def _start(count: int) -> World:
-    store = STORES.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port of the system's choice
+    _ask_for_a_reason(count)
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))  # a port of the system's choice, which no other machine can reach
     sources = {"world_size": f"devices={count}", "local_world_size": f"devices={count}"}
-    launch = Launch("xtrain", world_size=count, local_world_size=count, sources=sources)
-    return World(launch, store, "127.0.0.1", store.port, started=True)
+    address, port = bound.getsockname()
+    launch = Launch("xtrain", 0, 0, count, count, sources=sources, address=address, port=port)
+    return World(launch, _host(bound), started=True)
+
+
+def _ask_for_a_reason(count: int) -> None:
+    processors = os.cpu_count() or 1
+    if count > processors and os.environ.get(MANY) != "1":
+        received = f"devices={count}, on a machine with {processors}"
+        fix = f"Trainer(devices={processors}), or {MANY}=1 python script.py if that is on purpose"
+        raise ConfigurationError(explain("at most as many processes as processors", received, fix))
+
+
+def _host(bound: socket.socket) -> Any:
+    """Return the store of a run, listening where `bound` is and nowhere else."""
+    address, port = bound.getsockname()[:2]
+    bound.listen(1024)
+    return STORES.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=bound.detach())
 
 
 def _meet_at(launch: Launch, seconds: float) -> World:
     """Connect to the store of the launcher, or of rank 0, which makes it."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = launch.address, launch.port
     hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=seconds)
     try:
-        store = STORES.TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=limit)
-        return World(launch, store, address, port, started=False)
-    except (dist.DistError, ValueError) as error:
-        if hosts and "EADDRINUSE" in str(error):
+        if hosts and address in ("127.0.0.1", "localhost"):
+            bound = socket.socket()
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(("127.0.0.1", port))
+            store = _host(bound)
+        elif hosts:
+            store = STORES.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=limit)
+        else:
+            store = _reach(launch, seconds)
+        store.set_timeout(limit)
+        return World(launch, store, started=False)
+    except (dist.DistError, ValueError, OSError) as error:
+        if isinstance(error, XTrainError):
+            raise
+        if "EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE:
             fix = "torchrun --standalone --nproc_per_node=2 script.py, or another MASTER_PORT"
             raise LaunchError(explain("a free port", f"MASTER_PORT={port}, in use on {address}", fix)) from error
-        reason = str(error).splitlines()[0]
-        received = f"no connection from rank {launch.rank} within {seconds:g} s ({reason})"
-        fix = "start rank 0 too, with the same MASTER_ADDR and MASTER_PORT"
-        expected = f"rank 0 at MASTER_ADDR={address} MASTER_PORT={port}"
-        raise LaunchError(explain(expected, received, fix)) from error
+        raise _unreachable(launch, str(error).splitlines()[0]) from error
+
+
+def _reach(launch: Launch, seconds: float) -> Any:
+    """Return a connection to the store of rank 0, tried again and again: each try is short, so Ctrl-C works."""
+    deadline, refused, reason = time.monotonic() + seconds, 0, ""
+    while time.monotonic() < deadline and refused < _TRIES:
+        try:
+            socket.create_connection((launch.address, launch.port), timeout=_ANSWER.total_seconds()).close()
+        except socket.gaierror as error:
+            raise _unreachable(launch, f"the name does not resolve: {error}") from error
+        except OSError as error:
+            reason = f"within {seconds:g} s: {error}"
+            time.sleep(0.2)
+            continue
+        try:
+            return STORES.TCPStore(
+                launch.address, launch.port, is_master=False, wait_for_workers=False, timeout=_ANSWER
+            )
+        except dist.DistError as error:  # whoever listens there is busy, or no store
+            refused, reason = refused + 1, str(error).splitlines()[0]
+    raise _unreachable(launch, reason)
+
+
+def _unreachable(launch: Launch, reason: str) -> LaunchError:
+    expected = f"rank 0 at MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
+    fix = "start rank 0 too, with the same MASTER_ADDR and MASTER_PORT"
+    return LaunchError(explain(expected, f"no connection from rank {launch.rank} ({reason})", fix))
 
 
 def _gather(world: World, seconds: float) -> None:
     """Wait until every rank is here."""
     launch, attempt = world.launch, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = STORES.PrefixStore(f"xtrain-join-{attempt}", world.store)
+    store = STORES.PrefixStore(f"join-{attempt}", world.store)
     if store.add(f"claims{launch.rank}", 1) > 1:
         received = f"two with RANK={launch.rank} of WORLD_SIZE={launch.world_size}"
         fix = "start the program once; a program that a rank starts needs an environment without RANK and WORLD_SIZE"

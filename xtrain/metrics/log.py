@@ -9,15 +9,14 @@ so nothing is computed on the device and the memory of an epoch stays bounded.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from xtrain.collectives import Collectives
 from xtrain.errors import ConfigurationError, explain
 from xtrain.metrics.checks import (
     Settings,
@@ -29,34 +28,15 @@ from xtrain.metrics.checks import (
 )
 from xtrain.metrics.logs import Logs
 from xtrain.metrics.metric import INNER_HOOKS, Metric, TensorView, is_torchmetric, new_metric, snapshot
+from xtrain.metrics.ranks import combine
+from xtrain.metrics.stage import Stage, StageName, agree_on_epoch, reduce_steps, step_key, values_of_epoch
 from xtrain.tensors import tensors_in
 
 if TYPE_CHECKING:
-    from xtrain.collectives import ReduceOp
     from xtrain.loggers.base import Logger
 
-StageName: TypeAlias = Literal["train", "validate", "test", "sanity", "idle"]
 _READ_EVERY = 1000  # steps between reads that bound memory when there are no log points
-_OPS: tuple[ReduceOp, ...] = ("mean", "sum", "min", "max")
 _NO_CHECKS: dict[str, float] = {}
-
-
-@dataclass(slots=True)
-class _Stage:
-    """What is collected while one loop runs, and where that loop is."""
-
-    name: StageName
-    scopes: defaultdict[tuple[str, int | None], dict[str, Metric]] = field(default_factory=lambda: defaultdict(dict))
-    scope: dict[str, Metric] = field(default_factory=dict)  # the one of the hook that runs now
-    hook: str = ""
-    batch: Any = None
-    batch_size: int | None = None  # None: not asked for yet
-    dataloader: int | None = None
-    steps: int = 0
-    row: dict[str, float] = field(default_factory=dict)  # step values that were read and not sent yet
-
-    def metrics(self) -> list[Metric]:
-        return [metric for scope in self.scopes.values() for metric in scope.values()]
 
 
 class MetricLog(Logs):
@@ -67,7 +47,7 @@ class MetricLog(Logs):
 
     Args:
         read_scalars: brings 0-dim tensors to the host, as `Backend.read_scalars` does.
-        all_reduce: reduces a 1-dim float64 CPU tensor over the ranks; called for ``sync_dist`` only.
+        ranks: the processes of the run, over which ``sync_dist`` reduces.
         log_every_n_steps: steps between log points; 0 sends epoch values only.
         asynchronous: reading a value would wait for the device; if not, each is read when it is logged.
 
@@ -85,14 +65,14 @@ class MetricLog(Logs):
     def __init__(
         self,
         read_scalars: Callable[[Sequence[Tensor]], list[float]],
-        all_reduce: Callable[[Tensor, ReduceOp], Tensor],
+        ranks: Collectives,
         log_every_n_steps: int = 50,
         asynchronous: bool = True,
     ) -> None:
         if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int) or log_every_n_steps < 0:
             received = f"log_every_n_steps={log_every_n_steps!r}"
             raise ConfigurationError(explain("an int of at least 0", received, "Trainer(log_every_n_steps=50)"))
-        self._read_scalars, self._all_reduce, self._asynchronous = read_scalars, all_reduce, asynchronous
+        self._read_scalars, self._ranks, self._asynchronous = read_scalars, ranks, asynchronous
         self._every = log_every_n_steps or _READ_EVERY
         self._sends_steps = log_every_n_steps > 0
         self.loggers: Sequence[Logger] = ()
@@ -100,9 +80,10 @@ class MetricLog(Logs):
         self.progress_bar_metrics: dict[str, float] = {}
         self._callback: dict[str, Metric | float] = {}
         self._logged: dict[str, Metric | float] = {}
-        self.callback_metrics: Mapping[str, Tensor] = TensorView(self._callback)
+        self._unreduced: dict[str, Metric] = {}  # of several ranks, what was logged and never reduced over them
+        self.callback_metrics: Mapping[str, Tensor] = TensorView(self._callback, self._unreduced)
         self.logged_metrics: Mapping[str, Tensor] = TensorView(self._logged)
-        self._stage = _Stage("idle")
+        self._stage = Stage("idle")
 
     # ---------------------------------------------------------------- where the loop is
 
@@ -112,7 +93,7 @@ class MetricLog(Logs):
 
         What stage ``"sanity"`` collected can be seen inside it and is forgotten at its end.
         """
-        outer, self._stage = self._stage, _Stage(name)
+        outer, self._stage = self._stage, Stage(name)
         views: tuple[dict[str, Any], ...] = (self._callback, self._logged, self.progress_bar_metrics)
         before = [dict(view) for view in views]
         try:
@@ -176,8 +157,10 @@ class MetricLog(Logs):
             if hook == stage.hook and any(other.name == metric.name for other in scope.values()):
                 refuse_twin(name, loader, stage.dataloader)
         stage.scope[name] = metric
+        metric.shared = metric.sync and self._ranks.world_size > 1
+        shown = self._unreduced if metric.shared else self._callback
         if metric.shown_early:
-            self._callback[metric.name] = self._callback[metric.step_name] = metric
+            shown[metric.name] = shown[metric.step_name] = metric
         return metric
 
     # ---------------------------------------------------------------- values go out
@@ -209,24 +192,31 @@ class MetricLog(Logs):
         return checks
 
     def reduce_epoch(self) -> None:
-        """Reduce everything logged since the epoch began, so that `callback_metrics` has it.
-
-        Call it before the hooks that end an epoch. Calling it again only adds what came since.
-        """
+        """Reduce what was logged since the epoch began, for `callback_metrics`; a second call adds what came since."""
         self.set_batch(None)
-        metrics = self._stage.metrics()
-        for metric in metrics:
+        stage, metrics = self._stage, self._stage.metrics()
+        agreed = agree_on_epoch(stage, self._ranks)
+        for metric in sorted(metrics, key=attrgetter("key")):  # torchmetrics talks to the other ranks, too
             metric.compute_source()
         # Step values alone can wait for the next log point: an epoch may be a single batch.
-        if any(metric.waiting for metric in metrics):
+        if any(metric.waiting or (metric.shared and metric.fresh) for metric in metrics):
             self._read([])
         reduced = [metric for metric in metrics if metric.read and metric.result is None]
-        weights = [sum(metric.read_weights) for metric in reduced]
-        results = self._over_ranks(reduced, [metric.reduce() for metric in reduced], weights)
-        for metric, metric.result in zip(reduced, results, strict=True):
-            self._callback[metric.name] = self._callback[metric.epoch_name] = metric.result
+        local = values_of_epoch(stage, reduced)
+        whole = combine(agreed, local, self._ranks)
+        self._callback.update({key: value for key, value in whole.items() if key not in local})
+        self._take_steps({m: whole[step_key(m)] for m in stage.late})
+        stage.late.clear()
+        for metric in reduced:
+            metric.result = whole[metric.key] if metric.shared else metric.reduce()
+            self._show(metric, metric.epoch_name, metric.result)
             if metric.prog_bar:
                 self.progress_bar_metrics[metric.epoch_name] = metric.result
+
+    def _show(self, metric: Metric, also: str, value: float) -> None:
+        for name in (metric.name, also):
+            self._callback[name] = value
+            self._unreduced.pop(name, None)
 
     def send_epoch(self, step: int, epoch: int) -> dict[str, float]:
         """Send the values of the epoch, also those logged in its last hooks, and forget them.
@@ -276,27 +266,31 @@ class MetricLog(Logs):
         return list(floats)
 
     def _show_steps(self, metrics: list[Metric], local: list[float]) -> None:
-        values = self._over_ranks(metrics, local, [1.0] * len(local))
-        self.progress_bar_metrics.update({m.step_name: v for m, v in zip(metrics, values, strict=True) if m.prog_bar})
-        if self._sends_steps:
-            self._stage.row |= {m.step_name: v for m, v in zip(metrics, values, strict=True) if m.logger}
-
-    def _over_ranks(self, metrics: list[Metric], values: list[float], weights: list[float]) -> list[float]:
-        """Return `values`, those of synchronised metrics reduced over the ranks: one call per reduction."""
-        for op in _OPS:
-            where = [i for i, metric in enumerate(metrics) if metric.sync and metric.op == op]
-            if not where:
-                continue
-            local = torch.tensor([values[i] for i in where], dtype=torch.float64)
-            if op == "mean":
-                mass = torch.tensor([weights[i] for i in where], dtype=torch.float64)
-                totals, masses = self._all_reduce(torch.cat([local * mass, mass]), "sum").chunk(2)
-                whole = totals / masses
+        pairs = dict(zip(metrics, local, strict=True))
+        if any(metric.shared for metric in metrics):
+            shared = {m: value for m, value in pairs.items() if m.shared}
+            if self._stage.evaluates:  # ranks may have unequally many batches: what is shared waits for the end
+                self._stage.late |= shared
+                pairs = {m: value for m, value in pairs.items() if not m.shared}
             else:
-                whole = self._all_reduce(local, op)
-            for i, value in zip(where, whole.tolist(), strict=True):
-                values[i] = value
-        return values
+                pairs |= reduce_steps(shared, self._ranks)
+        self._take_steps(pairs)
+
+    def _take_steps(self, pairs: Mapping[Metric, float]) -> None:
+        for metric, value in pairs.items():
+            if metric.shared:
+                self._show(metric, metric.step_name, value)
+        self.progress_bar_metrics.update({m.step_name: value for m, value in pairs.items() if m.prog_bar})
+        if self._sends_steps:
+            self._stage.row |= {m.step_name: value for m, value in pairs.items() if m.logger}
+
+    def reduce_now(self, name: str) -> None:
+        """Reduce the newest step value of `name` over the ranks, which must all come here, for `callback_metrics`."""
+        for metric in self._stage.metrics():
+            if metric.shared and metric.fresh and metric.latest is not None and name in (metric.name, metric.step_name):
+                latest = metric.latest
+                value = self._read_scalars([latest.reshape(())])[0] if isinstance(latest, Tensor) else latest
+                self._show(metric, metric.step_name, reduce_steps({metric: value}, self._ranks)[metric])
 
     def _send(self, row: Mapping[str, float], step: int, epoch: int) -> None:
         if not row or self._stage.name == "sanity":

@@ -40,7 +40,8 @@ class Logs:
             on_epoch: send the reduction over the epoch; the default in all other hooks.
             reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a
                 1-dim tensor, all values of the epoch.
-            sync_dist: reduce over the ranks too, at log points and epoch ends; every rank must log it.
+            sync_dist: reduce over the ranks too, at log points and epoch ends; every rank must log it. Until
+                then `callback_metrics` has what was reduced before.
             add_dataloader_idx: tell several evaluation loaders apart by a suffix of the name.
             batch_size: weight of this value in the mean; default: the first dimension of the batch.
             metric_attribute: taken as in Lightning, not needed.

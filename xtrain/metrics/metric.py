@@ -51,11 +51,13 @@ class Metric:
     Attributes:
         settings: as given by the user, to notice a change.
         name: the user's name for it, with the suffix of the evaluation loader.
+        key: what the ranks match it by: its name, and the hook where that is none of the steps.
         step_name: name of its step values.
         epoch_name: name of its epoch value.
         shown_early: `callback_metrics` has it before the epoch is reduced.
         op: how an epoch is reduced.
         sync: reduce over the ranks too.
+        shared: there are other ranks to reduce over.
         dataloader: index of the evaluation loader, None if there is only one.
         latest: the newest value, where it was logged; `fresh` until it was read.
         source: a torchmetrics object, which accumulates by itself; `stale` once it was computed.
@@ -66,6 +68,7 @@ class Metric:
     prog_bar: bool
     logger: bool
     name: str
+    key: str
     step_name: str
     epoch_name: str
     on_step: bool
@@ -74,6 +77,7 @@ class Metric:
     op: ReduceOp | Callable[[Tensor], Any]
     sync: bool
     dataloader: int | None
+    shared: bool = False
     latest: Tensor | float | None = None
     fresh: bool = False
     source: Any = None
@@ -114,7 +118,7 @@ class Metric:
         Raises:
             ConfigurationError: if the value of a step is wanted and the object was only updated.
         """
-        self.source, self.stale, self.sync = source, False, False  # it reduces over the ranks by itself
+        self.source, self.stale, self.shared = source, False, False  # it reduces over the ranks by itself
         if not self.on_step:
             return
         value = getattr(source, "_forward_cache", None)
@@ -161,6 +165,7 @@ def new_metric(name: str, stage: str, hook: str, dataloader: int | None, setting
         prog_bar=settings.prog_bar,
         logger=settings.logger,
         name=name + suffix,
+        key=name + suffix if hook.endswith("_step") else f"{name}{suffix} in {hook}",
         step_name=f"{name}_step{suffix}" if forked else name + suffix,
         epoch_name=f"{name}_epoch{suffix}" if forked else name + suffix,
         on_step=on_step,
@@ -218,13 +223,28 @@ def is_torchmetric(value: Any) -> bool:
     return all(callable(getattr(value, method, None)) for method in ("update", "compute", "reset", "forward"))
 
 
-class TensorView(Mapping[str, Tensor]):
-    """A read-only view of metrics as 0-dim tensors. Looking at it waits for no device."""
+class NotReducedError(ConfigurationError, KeyError):
+    """A value that ranks reduce was read before they did; a KeyError too, as for any metric that is not there yet."""
 
-    def __init__(self, values: Mapping[str, Metric | float]) -> None:
-        self._values = values
+    __str__ = Exception.__str__
+
+
+class TensorView(Mapping[str, Tensor]):
+    """A read-only view of metrics as 0-dim tensors. Looking at it waits for no device.
+
+    Args:
+        values: what it shows.
+        unreduced: names that are known, and have no value before the ranks reduce them.
+    """
+
+    def __init__(self, values: Mapping[str, Metric | float], unreduced: Mapping[str, Metric] | None = None) -> None:
+        self._values, self._unreduced = values, {} if unreduced is None else unreduced
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._unreduced and name not in self._values:
+            expected = f"{name!r} after it was reduced over the ranks, at a log point or at the end of an epoch"
+            fix = "self.all_gather(value).mean() in the step, or Trainer(log_every_n_steps=1) and the value of before"
+            raise NotReducedError(explain(expected, "a look at it before", fix))
         value = self._values[name]
         latest = value.latest if isinstance(value, Metric) else value
         return latest.reshape(()) if isinstance(latest, Tensor) else torch.tensor(latest, dtype=torch.float32)

@@ -102,7 +102,7 @@ def _metrics(trainer: TrainerState) -> MetricLog:
     backend, first = trainer.backend, trainer.backend.collectives.rank == 0
     log = MetricLog(
         backend.read_scalars,
-        lambda tensor, op: backend.collectives.all_reduce(tensor.to(backend.device), op),
+        backend.collectives,
         trainer.log_every_n_steps,
         backend.capabilities.asynchronous,
     )

@@ -92,7 +92,7 @@ class FitPlan:
         if self.ranks.world_size > 1:
             if not self.sized:
                 return agreed(itertools.islice(self.loader, count), self.ranks, self.uneven)
-            return with_last(repeat_last(self.loader), count, sized=True)
+            return with_last(repeat_last(self.loader, len(self.loader)), count, sized=True)
         return with_last(self.loader, count, self.sized)
 
 
