@@ -1,6 +1,6 @@
-"""The tables users read, as GitHub markdown: printed by ``xtrain backends``, pasted into README and docs.
+"""The tables users read: printed by ``xtrain backends``, and as GitHub markdown in README and docs.
 
-Both are rendered from what the Trainer obeys (capabilities and rules), so they cannot say anything else.
+They are rendered from what the Trainer obeys (capabilities and rules), so they cannot say anything else.
 """
 
 from __future__ import annotations
@@ -19,25 +19,33 @@ NO = "-"
 
 def render_matrix() -> str:
     """Return which backend takes which precision: one row per backend, aliases together."""
-    rows = [
-        [names, *(YES if precision in cls.capabilities.precisions else NO for precision in PRECISIONS)]
-        for names, cls in _importable_backends()
-    ]
-    return _markdown(["`backend=`", *(f"`{precision}`" for precision in PRECISIONS)], rows)
+    return _markdown(["`backend=`", *map(_code, PRECISIONS)], _with_code(matrix_rows()))
 
 
 def render_rules() -> str:
     """Return the refused combinations: one row per rule, those of the backends last."""
-    rules = all_rules(cls for _, cls in _importable_backends())
-    rows = [[f"`{rule.id}`", rule.combination, rule.reason, rule.fix, rule.reference] for rule in rules]
-    return _markdown(["rule", "refused", "because", "instead", "see"], rows)
+    rules = all_rules(cls for _, cls in importable_backends())
+    rows = [[rule.id, rule.combination, rule.reason, rule.fix, rule.reference] for rule in rules]
+    return _markdown(["rule", "refused", "because", "instead", "see"], _with_code(rows))
 
 
 def render_availability() -> str:
     """Return whether each backend can run on this machine, and if not, what to do about it."""
+    return _markdown(["`backend=`", "on this machine"], _with_code(availability_rows()))
+
+
+def matrix_rows() -> list[list[str]]:
+    """Return names and, for every precision, whether the backend takes it."""
+    return [
+        [names, *(YES if precision in cls.capabilities.precisions else NO for precision in PRECISIONS)]
+        for names, cls in importable_backends()
+    ]
+
+
+def availability_rows() -> list[list[str]]:
+    """Return names and whether the backend runs here."""
     rows = [[names, _availability(aliases[0])] for names, aliases in _grouped_names()]
-    rows += [[f"`{name}`", f"broken: {reason}"] for name, reason in rejected_entry_points().items()]
-    return _markdown(["`backend=`", "on this machine"], rows)
+    return rows + [[name, f"broken: {reason}"] for name, reason in rejected_entry_points().items()]
 
 
 def _grouped_names() -> list[tuple[str, list[str]]]:
@@ -45,10 +53,10 @@ def _grouped_names() -> list[tuple[str, list[str]]]:
     by_place: dict[str, list[str]] = {}
     for name, place in registered_backends().items():
         by_place.setdefault(place, []).append(name)
-    return [(", ".join(f"`{name}`" for name in names), names) for names in by_place.values()]
+    return [(", ".join(names), names) for names in by_place.values()]
 
 
-def _importable_backends() -> list[tuple[str, type[Backend]]]:
+def importable_backends() -> list[tuple[str, type[Backend]]]:
     """Return ``(shown names, class)`` of the backends whose module can be imported here."""
     found = []
     for shown, names in _grouped_names():
@@ -68,6 +76,15 @@ def _availability(name: str) -> str:
         return str(error)
     except (Exception, SystemExit) as error:  # what another package's `available` does is about its row alone
         return f"broken: {type(error).__name__}: {error}"
+
+
+def _with_code(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Return `rows` with the names of the first column, which a comma separates, as code."""
+    return [[", ".join(map(_code, first.split(", "))), *rest] for first, *rest in rows]
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

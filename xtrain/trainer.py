@@ -20,7 +20,7 @@ from xtrain.data.datamodule import LightningDataModule
 from xtrain.data.loaders import read_loaders
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import resolve
-from xtrain.loggers import as_loggers
+from xtrain.loggers import Logger, as_loggers
 from xtrain.loggers.silent import SilentLogger
 from xtrain.module import LightningModule
 from xtrain.registry import make_backend
@@ -106,7 +106,7 @@ class Trainer(TrainerState):
         log_every_n_steps: int | None = None,
         nonfinite_loss: str = "warn",
         callbacks: Callback | list[Callback] | None = None,
-        logger: Any = None,
+        logger: Logger | list[Logger] | bool | None = None,
         enable_progress_bar: bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         inference_mode: bool = True,

@@ -11,7 +11,7 @@ _LOOP = "trainer.current_epoch, trainer.global_step, trainer.should_stop; the lo
 _PRECISION = "Trainer(precision='16-mixed', scaler_kwargs={'init_scale': 2.0**12})"
 _PROFILER = "torch.profiler.profile() around trainer.fit(...)"
 _SWEEP = "a loop of your own over Trainer(max_steps=100).fit(Model(lr=lr), loader)"
-_SUMMARY = "print(module), sum(p.numel() for p in module.parameters())"
+_SUMMARY = "xtrain.callbacks.ModelSummary"
 _WARNINGS = "warnings.warn(...), logging.getLogger(...) of the standard library"
 _WRITTEN_OUT = "a class of your own, derived from xtrain.LightningModule"
 
@@ -32,7 +32,7 @@ PLACES: dict[str, str | None] = {
         )
     },
     "callbacks.progress": None,
-    "cli": "argparse, or jsonargparse.CLI",
+    "cli": None,
     "core": None,
     **dict.fromkeys(("core.datamodule", "core.hooks", "core.mixins", "core.module", "core.optimizer"), None),
     "core.mixins.hparams_mixin": "xtrain.LightningModule, which has save_hyperparameters",
@@ -120,24 +120,21 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("BackboneFinetuning", "BaseFinetuning"), "parameter.requires_grad_(False) in on_fit_start"),
     **dict.fromkeys(("BatchSizeFinder", "LearningRateFinder"), _SWEEP),
     **dict.fromkeys(("Checkpoint", "ModelCheckpoint", "OnExceptionCheckpoint"), "torch.save(module.state_dict(), p)"),
-    **dict.fromkeys(("EMAWeightAveraging", "StochasticWeightAveraging", "WeightAveraging"),
-                    "torch.optim.swa_utils.AveragedModel, updated in on_train_batch_end"),
-    **dict.fromkeys(("ModelSummary", "RichModelSummary"), _SUMMARY),
+    "StochasticWeightAveraging": "xtrain.callbacks.WeightAveraging, with should_update(...) of your own",
+    **dict.fromkeys(("RichModelSummary",), "xtrain.callbacks.ModelSummary"),
     **dict.fromkeys(("RichProgressBar", "TQDMProgressBar"), "xtrain.callbacks.ProgressBar"),
-    **dict.fromkeys(("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger"),
+    **dict.fromkeys(("CometLogger", "LitLogger", "NeptuneLogger"),
                     "a class derived from xtrain.loggers.Logger, with log_metrics(metrics, step)"),
     "BasePredictionWriter": "torch.save(outputs, path) in on_predict_batch_end",
     "CheckpointHooks": "self.register_buffer(...) for what the state_dict shall hold",
     "DeviceStatsMonitor": "self.log('memory', float(torch.cuda.max_memory_allocated())) in training_step",
-    "EarlyStopping": "trainer.should_stop = True in on_validation_epoch_end",
+    "LightningArgumentParser": "jsonargparse.ArgumentParser, which xtrain.cli.LightningCLI uses",
+    **dict.fromkeys(("instantiate_class", "instantiate_module"), "parser.instantiate(config) of jsonargparse"),
     "Fabric": "xtrain.Trainer; for a loop of your own the package accelerate",
     "GradientAccumulationScheduler": "Trainer(accumulate_grad_batches=4), or manual optimization",
-    "LambdaCallback": "a class derived from xtrain.Callback",
-    "LearningRateMonitor": "self.log('lr', self.optimizers().param_groups[0]['lr']) in training_step",
     "ModelPruning": "torch.nn.utils.prune in on_train_epoch_end",
     "SpikeDetection": "Trainer(nonfinite_loss='stop')",
     "ThroughputMonitor": "time.perf_counter() in on_train_batch_end",
-    "Timer": "trainer.should_stop = True in on_train_batch_end",
     "disable_possible_user_warnings": "warnings.filterwarnings('ignore', module='xtrain')",
     "do_nothing_closure": "lambda: None",
     "find_shared_parameters": "nothing: tied parameters stay tied",

@@ -25,7 +25,10 @@ ROOT = __name__.partition(".")[0]
 HERE: dict[str, str] = {
     **dict.fromkeys(("Callback", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"), ""),
     **dict.fromkeys(("LightningOptimizer", "rank_zero_only"), ""),
-    **dict.fromkeys(("CSVLogger", "Logger", "TensorBoardLogger"), "loggers"),
+    **dict.fromkeys(("CSVLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"), "loggers"),
+    **dict.fromkeys(("EMAWeightAveraging", "EarlyStopping", "LambdaCallback", "LearningRateMonitor"), "callbacks"),
+    **dict.fromkeys(("ModelSummary", "ProgressBar", "Timer", "WeightAveraging"), "callbacks"),
+    **dict.fromkeys(("ArgsType", "LightningCLI", "SaveConfigCallback"), "cli"),
     **dict.fromkeys(("RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"), "stages"),
     **dict.fromkeys(("LRSchedulerConfigType", "OptimizerConfig", "OptimizerLRSchedulerConfig"), "utilities.types"),
     **dict.fromkeys(("LRSchedulerPLType", "LRSchedulerTypeTuple", "LRSchedulerTypeUnion"), "utilities.types"),
@@ -41,7 +44,6 @@ HERE: dict[str, str] = {
     "LRSchedulerConfig": "configure",
     "MisconfigurationException": "errors:ConfigurationError",
     "ModelHooks": "hooks:ModuleHooks",
-    "ProgressBar": "callbacks",
 }
 
 

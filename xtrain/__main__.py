@@ -1,0 +1,7 @@
+"""``python -m xtrain`` is the command ``xtrain``."""
+
+import sys
+
+from xtrain.cli.command import main
+
+sys.exit(main())
