@@ -33,7 +33,7 @@ NOT_CALLED_BY_USERS = {
         "optimizer_zero_grad",
         "lr_scheduler_step",
     },
-    LightningOptimizer: {"guard", "gradient_versions"},
+    LightningOptimizer: {"allows"},
     Trainer: {"call"},
 }
 PACKAGES = (xtrain, xtrain.callbacks, xtrain.loggers)

@@ -16,7 +16,8 @@ from xtrain.errors import (
     MissingDependencyError,
     UnknownBackendError,
 )
-from xtrain.optimizer import GradientLife, LightningOptimizer
+from xtrain.life import GradientLife
+from xtrain.optimizer import LightningOptimizer
 from xtrain.registry import get_backend_class, make_backend, register_backend, registered_backends, validate_backend
 from xtrain.tables import render_availability, render_matrix, render_rules
 
@@ -43,7 +44,7 @@ class Template(Backend):
     def backward(self, loss, *args, **kwargs): ...
     def finalize_gradients(self, optimizer): ...
     def clip_gradients(self, optimizer, value, algorithm): ...
-    def step(self, optimizer, closure=None): ...
+    def step(self, optimizer, closure=None, **kwargs): ...
     def step_boundary(self): ...
 
 
@@ -277,14 +278,14 @@ def test_complete_class_is_valid():
 def test_missing_methods_are_all_listed_with_their_signature():
     with pytest.raises(BackendContractError) as caught:
         validate_backend(complete(step=None, available=None))
-    assert "Expected a method step(self, optimizer, closure=None). Received: none." in str(caught.value)
+    assert "Expected a method step(self, optimizer, closure=None, **kwargs). Received: none." in str(caught.value)
     assert "Expected a method classmethod available(). Received: none." in str(caught.value)
 
 
 WRONG = {
     "renamed parameter": (
-        {"step": lambda self, opt, closure=None: None},
-        "Expected step(self, optimizer, closure=None). Received: step(self, opt, closure=None).",
+        {"step": lambda self, opt, closure=None, **kwargs: None},
+        "Expected step(self, optimizer, closure=None, **kwargs). Received: step(self, opt, closure=None, **kwargs).",
     ),
     "lost default": (
         {"zero_grad": lambda self, optimizer, set_to_none: None},

@@ -41,6 +41,8 @@ class Capabilities:
         asynchronous: reading a value waits for the device, so the loop reads in batches.
         multi_process: several processes may train together.
         inference_mode: `torch.inference_mode` works; evaluation only switches gradients off otherwise.
+        editable_gradients: finalized gradients are in ``.grad``, where they may be read and edited, and added to
+            by another backward.
 
     Example:
         >>> Capabilities(precisions=frozenset({"32-true", "bf16-mixed"}), multi_process=True).shared_parameters
@@ -54,6 +56,7 @@ class Capabilities:
     asynchronous: bool = True
     multi_process: bool = False
     inference_mode: bool = True
+    editable_gradients: bool = True
 
 
 class Phase(Enum):
@@ -162,15 +165,20 @@ class Backend(ABC):
 
     @abstractmethod
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
-        """Make the gradients of `optimizer` true: averaged over ranks and unscaled."""
+        """Make the gradients of `optimizer` true: averaged over ranks and unscaled.
+
+        It may have none, here or on any rank, and they may be true already: those of a step that is repeated.
+        """
 
     @abstractmethod
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         """Clip finalized gradients in place and return their total 2-norm before clipping, 0-dim."""
 
     @abstractmethod
-    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
-        """Run the torch step. Returns its result and whether parameters were updated."""
+    def step(
+        self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, bool]:
+        """Run the torch step, which gets `kwargs`. Returns its result and whether parameters were updated."""
 
     @abstractmethod
     def step_boundary(self) -> None:
@@ -247,7 +255,7 @@ class Backend(ABC):
         return any(p.grad is not None for p in self.parameters_of(optimizer))
 
     def gradient_versions(self, optimizer: OptimizerHandle) -> list[Any]:
-        """Return, for each gradient of `optimizer`, what changes when something is added to it."""
+        """Return, for each gradient of `optimizer`, what changes when it is edited or something is added to it."""
         return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.parameters_of(optimizer)]
 
     def unseen_gradient(self) -> str | None:

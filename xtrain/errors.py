@@ -169,10 +169,9 @@ LOSS = (
     "Expected a loss that is a tensor with one element and a graph. Received: {}.\n"
     "Fix:  self.manual_backward(criterion(self(x), y).mean())"
 )
-NOTHING_ACCUMULATED = (
-    "Expected gradients made by manual_backward before clipping or stepping {optimizer}. "
-    "Received: none (its gradients are {phase}).\n"
-    "Fix:  opt.zero_grad(); self.manual_backward(loss); opt.step()"
+NOTHING_TO_STEP = (
+    "Expected gradients of {optimizer} to step on. Received: none; nothing was done, as in PyTorch, and this is said "
+    "once.\nFix:  self.manual_backward(loss) of a loss that reaches it, if it was meant to train here"
 )
 STEPPED_BETWEEN = (
     "every backward before a step changes the parameters that its forward used",
@@ -184,7 +183,7 @@ CLIP_AFTER_STEP = (
 )
 BACKWARD_AFTER_CLIP = (
     "Expected every backward of {optimizer} before its gradients are clipped. Received: a manual_backward that "
-    "added to clipped gradients; the sum is no longer clipped, nor averaged over processes or unscaled.\n"
+    "added to clipped gradients, which this backend keeps apart from new ones.\n"
     "Fix:  self.manual_backward(loss_a); self.manual_backward(loss_b); self.clip_gradients(opt, 1.0); opt.step()\n"
     "      or keep the other loss away: with self.toggled_optimizer(other_opt): self.manual_backward(other_loss)"
 )
@@ -192,6 +191,20 @@ UNSEEN = (
     "Expected gradients made by self.manual_backward(loss). Received: gradients of {optimizer} that came from "
     "elsewhere (loss.backward()?); they miss {lost}.\n"
     "Fix:  self.manual_backward(loss)"
+)
+EDITED = (
+    "Expected the gradients of {optimizer} as manual_backward left them, until they are clipped or stepped. Received: "
+    "gradients that were changed before (torch's clip_grad_norm_, p.grad = ..., loss.backward()?), while they still "
+    "miss {lost}.\nFix:  {fix}"
+)
+NOT_IN_GRAD = (
+    "Expected a backend whose finalized gradients are in .grad. Received: opt.finalize() for {optimizer} on backend "
+    "{backend!r}, which keeps them elsewhere.\n"
+    "Fix:  self.clip_gradients(opt, gradient_clip_val=1.0); opt.step()"
+)
+OWN_METHOD = (
+    "Expected true gradients before {optimizer} steps by a method of its own. Received: opt.{name}(...), whose "
+    "gradients would miss {lost}.\nFix:  {fix}"
 )
 RAW_STEP = (
     "Expected opt.step() of a LightningOptimizer. Received: a step of the raw {optimizer}, whose gradients would "

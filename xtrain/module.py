@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from xtrain.collectives import gather
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.hooks import ModuleHooks
 from xtrain.hparams import KeepsHyperParameters
+from xtrain.life import GradientLife
 from xtrain.metrics.checks import Settings
 from xtrain.metrics.logs import Logs
-from xtrain.optimizer import GradientLife, LightningOptimizer
+from xtrain.optimizer import LightningOptimizer
 from xtrain.tensors import map_tensors
 
 if TYPE_CHECKING:
@@ -215,8 +217,8 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
             **kwargs: ``retain_graph``, ``gradient``, ``create_graph``, ``inputs``.
 
         Raises:
-            ProtocolError: in automatic optimization, if the backward adds to clipped gradients, or if a
-                parameter was stepped between a forward and this backward of it.
+            ProtocolError: in automatic optimization, if a parameter was stepped between a forward and this
+                backward of it, or if the backward adds to clipped gradients where the backend cannot (DeepSpeed).
             ConfigurationError: if `loss` is no scalar tensor or has no graph.
             NonFiniteLossError: if it is NaN or infinite and ``Trainer(nonfinite_loss="stop")``.
 
@@ -247,14 +249,14 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
         Args:
             optimizer: wrapped or raw.
             gradient_clip_val: the largest total 2-norm (algorithm ``"norm"``) or absolute value
-                (``"value"``), above 0; infinity measures only. Default: the Trainer's.
+                (``"value"``), above 0; infinity measures only. Default: the Trainer's, else infinity.
             gradient_clip_algorithm: ``"norm"`` (default) or ``"value"``.
 
         Returns:
-            The total 2-norm of the gradients before clipping, 0-dim, on the device.
+            The total 2-norm of the gradients before clipping, 0-dim, on the device; 0 if there are none.
 
         Raises:
-            ProtocolError: after the step, or without gradients.
+            ProtocolError: after the step.
             ConfigurationError: for a value or an algorithm that means nothing.
 
         Example:
@@ -265,8 +267,10 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
         """
         life = self._life or self._active("clip_gradients")
         value = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        value = math.inf if value is None else value
         algorithm: Any = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
-        return life.wrapper_of(optimizer).clip_gradients(value, algorithm)  # type: ignore[arg-type]  # None is refused
+        wrapped: LightningOptimizer = life.wrapper_of(optimizer)
+        return wrapped.clip_gradients(value, algorithm)
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Let only the parameters of `optimizer` require gradients, until `untoggle_optimizer`.

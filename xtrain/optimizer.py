@@ -9,10 +9,9 @@ first. Every optimizer keeps its own phase, so nothing one optimizer does decide
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -22,134 +21,17 @@ from torch.optim import Optimizer
 from xtrain.checks import check_clip_value
 from xtrain.contract import Backend, Phase
 from xtrain.errors import (
-    BACKWARD_AFTER_CLIP,
     CLIP_AFTER_STEP,
-    LOSS,
-    NOTHING_ACCUMULATED,
-    RAW_STEP,
-    STEPPED_BETWEEN,
+    EDITED,
+    NOT_IN_GRAD,
+    NOTHING_TO_STEP,
     UNSEEN,
     ConfigurationError,
-    NonFiniteLossError,
     ProtocolError,
     explain,
 )
-from xtrain.toggle import ToggleStack
-
-Hooks = dict[str, list[Callable[..., Any]]]
-
-
-class GradientLife:
-    """What the optimizers of one run share: backend, toggles, hooks. Each has a phase and counters of its own.
-
-    Args:
-        backend: executes the verbs.
-        hooks: the overridden hooks by name, as callables.
-        nonfinite_loss: ``"warn"``, ``"stop"`` or ``"ignore"`` for a loss that is NaN or infinite.
-    """
-
-    def __init__(self, backend: Backend, hooks: Hooks, nonfinite_loss: str = "warn") -> None:
-        self.backend = backend
-        self.hooks = hooks
-        self.optimizers: list[LightningOptimizer] = []
-        self.toggles = ToggleStack(self.optimizers)
-        self.stepped = False
-        self.in_backward = False
-        self.last_loss: Tensor | None = None
-        self._asynchronous = backend.capabilities.asynchronous
-        self._nonfinite_loss = nonfinite_loss
-        self._warned: set[str] = set()
-
-    def wrap(self, optimizers: Sequence[Optimizer]) -> None:
-        """Take in the user's `optimizers`."""
-        self.optimizers.extend(LightningOptimizer(optimizer, self) for optimizer in optimizers)
-
-    @contextmanager
-    def backward(self, loss: Tensor, has_gradient_argument: bool = False) -> Iterator[None]:
-        """Return the context of one backward: checks before, bookkeeping and hooks around it.
-
-        Args:
-            loss: what the backward starts from.
-            has_gradient_argument: the caller gives ``gradient``, so `loss` may have several elements.
-
-        Raises:
-            ConfigurationError: if `loss` is no scalar tensor or has no graph.
-            NonFiniteLossError: if it is NaN or infinite and the run is to stop there.
-            ProtocolError: if the backward reached gradients that were already finalized, or parameters that
-                were stepped after its forward.
-        """
-        self._check_loss(loss, has_gradient_argument)
-        for hook in self.hooks["on_before_backward"]:
-            hook(loss)
-        finalized = [(o, self.backend.gradient_versions(o)) for o in self.optimizers if o.phase is Phase.FINALIZED]
-        self.in_backward = True
-        try:
-            yield
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error) and self.stepped:
-                raise ProtocolError(explain(STEPPED_BETWEEN[0], f"{error}", STEPPED_BETWEEN[1])) from error
-            raise
-        finally:
-            self.in_backward = False
-        for optimizer, versions in finalized:
-            if self.backend.gradient_versions(optimizer) != versions:
-                raise ProtocolError(BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
-        for optimizer in self.toggles.active[-1:] or self.optimizers:
-            if optimizer.phase is not Phase.FINALIZED:
-                optimizer.phase = Phase.ACCUMULATED
-        for hook in self.hooks["on_after_backward"]:
-            hook()
-
-    def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:
-        if not isinstance(loss, Tensor):
-            raise ConfigurationError(LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
-        if loss.numel() != 1 and not has_gradient_argument:
-            raise ConfigurationError(LOSS.format(f"shape {tuple(loss.shape)}"))
-        if not loss.requires_grad:
-            raise ConfigurationError(LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
-        if self._nonfinite_loss != "ignore" and loss.numel() == 1:
-            if self._asynchronous:
-                self.last_loss = loss.detach()
-            elif not math.isfinite(value := loss.item()):
-                self.check_finite(value)
-
-    def guard(self) -> list[Any]:
-        """Refuse raw steps and direct backwards where the backend would lose something by them.
-
-        Returns:
-            Handles; call ``remove()`` on each when the run ends.
-        """
-        lost = self.backend.unseen_gradient()
-        return [] if lost is None else [handle for o in self.optimizers for handle in o.guard(lost)]
-
-    def check_finite(self, loss: float) -> None:
-        """Warn once, or raise `NonFiniteLossError`, if `loss` is NaN or infinite."""
-        if math.isfinite(loss):
-            return
-        if self._nonfinite_loss == "stop":
-            fix = "a smaller learning rate, self.clip_gradients(...), or Trainer(nonfinite_loss='warn') to go on"
-            raise NonFiniteLossError(explain("a finite loss", loss, fix))
-        fix = "Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message"
-        self.warn_once(explain("a finite loss", loss, fix), about="a loss that is not finite")
-
-    def warn_once(self, text: str, about: str | None = None) -> None:
-        """Warn, but only the first time in this run; messages that differ in details have one subject, `about`."""
-        if (about or text) not in self._warned:
-            self._warned.add(about or text)
-            warnings.warn(text, UserWarning, stacklevel=4)
-
-    def wrapper_of(self, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
-        """Return the `LightningOptimizer` for a wrapped or raw optimizer of this run.
-
-        Raises:
-            ConfigurationError: if it is neither.
-        """
-        for candidate in self.optimizers:
-            if candidate is optimizer or candidate.optimizer is optimizer:
-                return candidate
-        expected, received = "an optimizer returned by configure_optimizers", type(optimizer).__name__
-        raise ConfigurationError(explain(expected, received, "opt = self.optimizers()"))
-
+from xtrain.guard import Seen, check_own_method, is_own_method
+from xtrain.life import GradientLife
 
 _OF_A_RUN = "opt = self.optimizers() in training_step"
 
@@ -186,6 +68,7 @@ class LightningOptimizer:
         self.step_count, self.skipped_steps, self.zeroed_at = 0, 0, -2
         self._stepping = False
         self._zeros: list[Any] | None = None  # versions of the gradients that zero_grad filled with zeros
+        self.seen: Seen | None = None  # its gradients after the last backward, where an edit would lose something
         if life is not None:
             self._life, self._backend = life, life.backend
 
@@ -194,7 +77,28 @@ class LightningOptimizer:
             raise AttributeError(name)
         if name in ("_life", "_backend"):
             raise ProtocolError(explain("an optimizer of a run", "one that was wrapped by hand", _OF_A_RUN))
-        return getattr(self.optimizer, name)
+        found = getattr(self.optimizer, name)
+        return self._in_a_run(name, found) if is_own_method(name, found) and "_life" in vars(self) else found
+
+    def _in_a_run(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method that only the raw optimizer has; it counts as a step if it changes parameters."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check_own_method(self, name, self._backend, self._life.lost)
+            before, stepping = [p._version for p in self.parameters], self._stepping
+            self._stepping = True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._stepping = stepping
+                self._life.stepped |= before != [p._version for p in self.parameters]
+
+        return call
+
+    def allows(self, verb: str) -> bool:
+        """Return whether a ``"step"`` of the raw optimizer, or a ``"backward"``, that happens now is xtrain's."""
+        return self._stepping if verb == "step" else self._life.in_backward
 
     def __repr__(self) -> str:
         position = next((i for i, o in enumerate(self._life.optimizers) if o is self), "?")
@@ -218,6 +122,7 @@ class LightningOptimizer:
             hook(self.optimizer)
         self._backend.zero_grad(self, set_to_none)
         self._zeros = None if set_to_none else self._backend.gradient_versions(self)
+        self.seen = None
         self.phase, self.zeroed_at = Phase.EMPTY, self.step_count
 
     def clip_gradients(self, value: float, algorithm: Literal["norm", "value"] = "norm") -> Tensor:
@@ -233,24 +138,29 @@ class LightningOptimizer:
         value = check_clip_value(value)
         if self.phase is Phase.STEPPED:
             raise ProtocolError(CLIP_AFTER_STEP.format(optimizer=self))
-        if self.phase is not Phase.FINALIZED:
-            self.finalize()
+        if not self._finalize():
+            return torch.zeros((), device=self._backend.device)
         return self._backend.clip_gradients(self, value, algorithm)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Update the parameters from the gradients.
+
+        Without a gradient nothing is done, as in PyTorch; the training step counts. A second step on the same
+        gradients applies them again.
 
         Args:
             closure: makes the loss, zeroes and computes the gradients with ``manual_backward``, and
                 returns the loss. It is called once, except by optimizers that evaluate it several
                 times (`torch.optim.LBFGS`).
+            **kwargs: those of the optimizer's own ``step``.
 
         Returns:
             Without `closure`, whether the step was applied (bool). With one, its loss, as in torch;
             `applied` tells the rest.
 
         Raises:
-            ProtocolError: if nothing was accumulated since the last step.
+            ProtocolError: if gradients were edited, or never seen, where that loses something.
+            ConfigurationError: if `closure` cannot be called.
 
         Example:
             >>> self.manual_backward(self.net(batch).square().mean())
@@ -258,43 +168,62 @@ class LightningOptimizer:
             True
         """
         if closure is not None:
-            return self._step_with(closure)
-        if self.phase is not Phase.FINALIZED:
-            self.finalize()
-        for hook in self._life.hooks["on_before_optimizer_step"]:
-            hook(self.optimizer)
+            return self._step_with(closure, kwargs)
+        if not self._finalize():
+            self._step_on_nothing()
+            return False
+        self._before_step()
         self._stepping = True
         try:
-            _, applied = self._backend.step(self)
+            _, applied = self._backend.step(self, **kwargs)
         finally:
             self._stepping = False
         self._record(applied)
         return applied
 
-    def _step_with(self, closure: Callable[[], Any]) -> Any:
+    def _before_step(self) -> None:
+        for hook in self._life.hooks["on_before_optimizer_step"]:
+            hook(self.optimizer)
+
+    def _step_with(self, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
+        if not callable(closure):
+            raise ConfigurationError(explain("a closure that can be called", repr(closure), "opt.step(closure)"))
+        backend, reached = self._backend, False
+
         def evaluate() -> Any:
+            nonlocal reached
             if self.phase is Phase.FINALIZED:  # the optimizer has used these, and asks again
                 self.phase = Phase.STEPPED
-            with torch.enable_grad(), self._backend.forward_context():
+            with torch.enable_grad(), backend.forward_context():
                 loss = closure()
-            self.finalize()
-            for hook in self._life.hooks["on_before_optimizer_step"]:
-                hook(self.optimizer)
+            if self._finalize():
+                reached = True
+                self._before_step()
             return loss
 
-        backend = self._backend
         try:
             if backend.capabilities.reevaluating_closures and not backend.precision.loss_scaling:
+                if self.phase is Phase.ACCUMULATED and not type(self.optimizer).__module__.startswith("torch."):
+                    self._finalize()  # it may use these before it calls the closure
                 self._stepping = True
-                loss, applied = backend.step(self, evaluate)
+                loss, applied = backend.step(self, evaluate, **kwargs)
             else:
-                loss = evaluate()
+                loss, applied = evaluate(), False
                 self._stepping = True
-                _, applied = backend.step(self)
+                if reached:
+                    _, applied = backend.step(self, **kwargs)
         finally:
             self._stepping = False
-        self._record(applied)
+        if reached:
+            self._record(applied)
+        else:
+            self._step_on_nothing()
         return loss
+
+    def _step_on_nothing(self) -> None:
+        """Let a training step count in which there was nothing to step on: a schedule by `global_step` goes on."""
+        self.phase, self.applied, self._life.stepped = Phase.EMPTY, False, True
+        self._life.warn_once(NOTHING_TO_STEP.format(optimizer=self))
 
     def _record(self, applied: bool) -> None:
         self.phase = Phase.STEPPED
@@ -305,57 +234,59 @@ class LightningOptimizer:
         else:
             self.skipped_steps += 1
 
-    def finalize(self) -> None:
-        """Make the gradients true (averaged over ranks, unscaled). Does nothing the second time.
+    def finalize(self) -> bool:
+        """Make the gradients true (averaged over ranks, unscaled), so that ``.grad`` may be read and edited.
+
+        `clip_gradients` and `step` do it by themselves. Gradients written by hand are averaged, too, unless a loss
+        is scaled: then nobody knows whether they carry the scale.
+
+        Returns:
+            Whether there are any.
 
         Raises:
-            ProtocolError: if there are none, or if the backend never saw them.
+            ProtocolError: if gradients were edited, or never seen, where that loses something, or if the backend
+                keeps finalized gradients elsewhere.
 
         Example:
             >>> self.manual_backward(self.net(batch).square().mean())
             >>> opt.finalize()
+            True
             >>> norm = self.net.weight.grad.norm()  # of what the step will use
         """
+        if not self._backend.capabilities.editable_gradients:
+            raise ProtocolError(NOT_IN_GRAD.format(optimizer=self, backend=self._backend.name))
+        return self._finalize(by_hand=not self._backend.precision.loss_scaling)
+
+    def _finalize(self, by_hand: bool = False) -> bool:
+        """Make the gradients true unless they are, and return whether there are any."""
         if self.phase is Phase.FINALIZED:
-            return
-        if self.phase is not Phase.ACCUMULATED:
-            self._accept_unseen_gradients()
+            return True
+        if self.phase is Phase.EMPTY:
+            self._accept_unseen_gradients(by_hand)
+        elif self.phase is Phase.ACCUMULATED and self.seen is not None and self.seen.changed(self):
+            editable = self._backend.capabilities.editable_gradients
+            fix = "self.clip_gradients(opt, gradient_clip_val=1.0)" + (", or opt.finalize() first" if editable else "")
+            raise ProtocolError(EDITED.format(optimizer=self, lost=self._life.lost, fix=fix))
         self._life.in_backward = True  # a backend may make gradients here, too
         try:
             self._backend.finalize_gradients(self)
         finally:
             self._life.in_backward = False
         if not self._backend.has_gradients(self):
-            raise ProtocolError(NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
+            return False
         self.phase = Phase.FINALIZED
+        return True
 
-    def _accept_unseen_gradients(self) -> None:
+    def _accept_unseen_gradients(self, by_hand: bool) -> None:
         """Let gradients pass that no ``manual_backward`` made, if nothing is lost by that here."""
         only_zeros = self._zeros is not None and self._zeros == self._backend.gradient_versions(self)
-        if self.phase is Phase.STEPPED or only_zeros or not self._backend.has_gradients(self):
-            raise ProtocolError(NOTHING_ACCUMULATED.format(optimizer=self, phase=self.phase.value))
-        lost = self._backend.unseen_gradient()
+        if by_hand or only_zeros or not self._backend.has_gradients(self):
+            return
+        lost = self._life.lost
         text = UNSEEN.format(optimizer=self, lost=lost or "loss scaling and averaging over processes elsewhere")
         if lost is not None:
             raise ProtocolError(text)
         self._life.warn_once(text)
-
-    def guard(self, lost: str) -> Iterator[Any]:
-        """Make a raw ``step`` and a direct ``loss.backward()`` raise; `lost` is what they would miss."""
-
-        def refuse_step(*_: Any) -> None:
-            if not self._stepping:
-                raise ProtocolError(RAW_STEP.format(optimizer=self, lost=lost))
-
-        def refuse_backward(_: Tensor) -> None:
-            if not self._life.in_backward:
-                raise ProtocolError(UNSEEN.format(optimizer=self, lost=lost))
-
-        yield self.optimizer.register_step_pre_hook(refuse_step)
-        # One parameter stands for all: a hook on each would cost a Python call per gradient.
-        first = next((p for p in self._backend.leaves_of(self) if p.requires_grad and p.is_leaf), None)
-        if first is not None:
-            yield first.register_post_accumulate_grad_hook(refuse_backward)
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xtrain.contract import OptimizerHandle, Phase
+from xtrain.contract import OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
+
+Restored: TypeAlias = list[tuple[OptimizerHandle, list[Any]]]  # optimizers, with the versions of their gradients
 
 
 class LossScaler:
@@ -27,6 +29,7 @@ class LossScaler:
     Args:
         device_type: where the gradients are, ``"cuda"`` or ``"cpu"``.
         holders_of: returns objects whose ``grad`` is a gradient of an optimizer; default: its parameters.
+        versions_of: returns what changes with the gradients of an optimizer, see `Backend.gradient_versions`.
         **options: those of `torch.amp.GradScaler`: ``init_scale`` (65536), ``growth_factor`` (2),
             ``backoff_factor`` (0.5), ``growth_interval`` (2000 training steps).
 
@@ -38,6 +41,7 @@ class LossScaler:
         self,
         device_type: str,
         holders_of: Callable[[OptimizerHandle], Iterable[Any]] = lambda optimizer: optimizer.parameters,
+        versions_of: Callable[[OptimizerHandle], list[Any]] | None = None,
         **options: Any,
     ) -> None:
         values = {"init_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
@@ -55,37 +59,57 @@ class LossScaler:
         self.current_scale = float(values["init_scale"])  # on the host: the overflow flag is read at every step anyway
         self._good_steps = 0
         self._stepped = self._overflowed = False
-        self._holders_of = holders_of
+        self._holders_of, self._versions_of = holders_of, versions_of or self._versions_of_holders
         self._unscaled: dict[OptimizerHandle, list[Tensor]] = {}  # with what says whether they overflowed
 
     def begin(self) -> None:
         """Forget the optimizers of an earlier run; the scale goes on."""
         self._unscaled.clear()
 
+    def _versions_of_holders(self, optimizer: OptimizerHandle) -> list[Any]:
+        return [None if h.grad is None else (id(h.grad), h.grad._version) for h in self._holders_of(optimizer)]
+
     def scale(self, loss: Tensor) -> Tensor:
         """Return `loss` times the scale, a half-precision 0-dim loss as fp32."""
         return loss * self._scale
 
-    def restore(self, optimizers: Iterable[OptimizerHandle]) -> None:
-        """Give what is left from an earlier step its scale back, before scaled gradients are added to it."""
+    def restore(self, optimizers: Iterable[OptimizerHandle]) -> Restored:
+        """Give true gradients their scale back, before a scaled loss adds to them; `settle` ends it.
+
+        Args:
+            optimizers: all of the run; those that no backward can reach now are passed over.
+        """
+        restored = []
         for optimizer in optimizers:
-            if optimizer in self._unscaled and optimizer.phase is Phase.STEPPED:
+            if optimizer in self._unscaled and any(p.requires_grad for p in optimizer.parameters):
                 rescale_gradients(self._holders_of(optimizer), self.current_scale)
+                restored.append((optimizer, self._versions_of(optimizer)))
+        return restored
+
+    def settle(self, restored: Restored) -> None:
+        """Take the scale off what the backward after `restore` did not reach; the rest carries it now."""
+        for optimizer, versions in restored:
+            if self._versions_of(optimizer) == versions:
+                rescale_gradients(self._holders_of(optimizer), 1.0 / self.current_scale)
+            else:
                 self.forget(optimizer)
 
     def unscale(self, optimizer: OptimizerHandle) -> list[Tensor]:
-        """Divide the gradients of `optimizer` by the scale, in place, and note whether one is not finite.
+        """Divide the gradients of `optimizer` that carry the scale by it, in place, and note whether they are finite.
 
         Returns:
             What is noted, 0 or 1 per device and dtype; a backend that holds parts of gradients puts in what
-            the other ranks found.
+            the other ranks found. Nothing where there are no gradients.
         """
+        if optimizer in self._unscaled:
+            return self._unscaled[optimizer]
         inverse, found = 1.0 / self._scale.double(), []
         for gradients in _by_kind(self._holders_of(optimizer)):
             found.append(torch.zeros((), device=gradients[0].device))
             on_device = inverse.to(gradients[0].device, torch.float32)
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found[-1], on_device)
-        self._unscaled[optimizer] = found
+        if found:
+            self._unscaled[optimizer] = found
         return found
 
     def may_step(self, optimizer: OptimizerHandle) -> bool:
@@ -170,12 +194,16 @@ def _by_kind(parameters: Iterable[Any]) -> Iterable[list[Tensor]]:
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # a sum of duplicates may overflow, and must be seen
         values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+        values = torch.view_as_real(values) if values.is_complex() else values
         kinds.setdefault((values.device, values.dtype), []).append(values)
     return kinds.values()
 
 
-def rescale_gradients(parameters: Iterable[Any], ratio: float) -> None:
-    """Multiply the existing gradients of `parameters` by `ratio`, in place."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def rescale_gradients(holders: Iterable[Any], ratio: float) -> None:
+    """Multiply the existing gradients of `holders` by `ratio`, in place.
+
+    Their versions stay: the backend's own bookkeeping is no edit.
+    """
+    gradients = [holder.grad for holder in holders if holder.grad is not None]
     if gradients and ratio != 1.0:
-        torch._foreach_mul_(gradients, ratio)
+        torch._foreach_mul_([(g._values() if g.is_sparse else g).data for g in gradients], ratio)

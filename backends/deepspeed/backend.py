@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xtrain.checkpoint import named
 from xtrain.contract import Capabilities, OptimizerHandle
-from xtrain.errors import ConfigurationError, explain
+from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.launch.join import current_launch
 from xtrain.tensors import move_module
 
@@ -23,7 +23,8 @@ from ..eager.process_group import join_processes, random_stream
 from ..eager.replicas import check_module, check_optimizers
 from ..eager.scaling import ScalingBackend
 from .config import check_precision, engine_config, read_config
-from .engine import OptimizerEngine, give_gradient
+from .engine import OptimizerEngine
+from .gradients import give_gradient
 from .rules import RULES
 from .sharding import Attachments, ShardedModule
 from .state import EngineState
@@ -55,6 +56,7 @@ class DeepSpeed(ScalingBackend):
         precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
         reevaluating_closures=False,
         shared_parameters=False,
+        editable_gradients=False,  # they are in its own shards
         multi_process=True,
     )
     rules = RULES
@@ -168,16 +170,20 @@ class DeepSpeed(ScalingBackend):
         engine = self._engines[optimizer]
         call = f"average the gradients of {optimizer!r}"
         anywhere = any(map(any, self.collectives.meet(call, bytes([engine.has_gradients]))))
-        if self.scaler is None:
-            engine.finalize(None, anywhere)
-        else:
-            engine.finalize(self.scaler.current_scale, anywhere)
+        engine.finalize(None if self.scaler is None else self.scaler.current_scale, anywhere)
+        if self.scaler is not None and engine.gradients is not None:
             self.scaler.note_unscaled(optimizer)
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         return self._engines[optimizer].clip(value, algorithm)
 
-    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+    def step(
+        self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, bool]:
+        if kwargs:
+            expected = f"opt.step() without arguments of {type(optimizer.optimizer).__name__}: its engine steps"
+            fix = "opt.param_groups[0][...] = ..., or a backend that steps the optimizer itself"
+            raise ProtocolError(explain(expected, ", ".join(kwargs), fix))
         engine = self._engines[optimizer]
         if self._sharded is not None:
             self._sharded.release(engine.parameters)

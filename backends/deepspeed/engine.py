@@ -7,7 +7,7 @@ parameters of another optimizer costs nothing, may be accumulated, and may be dr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from xtrain.collectives import Collectives
 from xtrain.contract import OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
 
+from .gradients import fill, requiring_grad
 from .layout import read_groups
 
 
@@ -140,7 +141,7 @@ class OptimizerEngine:
             parameter.grad = None
         if not set_to_none:
             for parameter in filled:
-                _fill(parameter)
+                fill(parameter)
 
     def _drop_finalized(self) -> None:
         if self.gradients is None:
@@ -198,11 +199,11 @@ class OptimizerEngine:
     def _reduce(self) -> None:
         if self.stage == 0 and self._collectives.world_size == 1:
             return
-        with _requiring_grad(self.parameters):  # DeepSpeed passes over what is toggled off
+        with requiring_grad(self.parameters):
             for parameter in self.parameters:
                 # Every rank must reduce the same list; stage 3 would take the previous step's.
                 if parameter.grad is None:
-                    _fill(parameter)
+                    fill(parameter)
                 elif parameter.grad.is_sparse:  # shards are slices of a dense buffer
                     parameter.grad = parameter.grad.to_dense()
             if self.stage == 0:
@@ -323,28 +324,3 @@ class OptimizerEngine:
         """Give back what DeepSpeed holds."""
         del self._raw.param_groups[self._groups :]  # groups that came later are not in its lists
         self.engine.destroy()
-
-
-def _fill(parameter: nn.Parameter) -> None:
-    """Give `parameter` a gradient of zeros."""
-    give_gradient(parameter, torch.zeros(getattr(parameter, "ds_shape", parameter.shape)))
-
-
-def give_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Give `parameter` a copy of `gradient`, which is whole, also where stage 3 has taken its data away."""
-    data = parameter.data
-    parameter.data = gradient.to(data.device, data.dtype, copy=True)
-    parameter.grad = parameter.data  # autograd compares the shapes here, and only here
-    parameter.data = data
-
-
-@contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    toggled_off = [p for p in parameters if not p.requires_grad]
-    for parameter in toggled_off:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in toggled_off:
-            parameter.requires_grad_(False)

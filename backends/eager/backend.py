@@ -71,11 +71,11 @@ class EagerBackend(ScalingBackend):
         if self.precision.name == "32-true":  # the common case costs nothing
             loss.backward(*args, **kwargs)
             return
-        if self.scaler is not None:
-            self.scaler.restore(self._optimizers)
-            loss = self.scaler.scale(loss)
+        restored = [] if self.scaler is None else self.scaler.restore(self._optimizers)
         with self.precision.suspended(self.device.type):
-            loss.backward(*args, **kwargs)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward(*args, **kwargs)
+        if self.scaler is not None:
+            self.scaler.settle(restored)
 
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
         self.average_gradients(optimizer)
@@ -108,15 +108,17 @@ class EagerBackend(ScalingBackend):
         nn.utils.clip_grad_value_(optimizer.parameters, value)
         return norm
 
-    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+    def step(
+        self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, bool]:
         if self.scaler is not None and not self.scaler.may_step(optimizer):
             return None, False
         if closure is not None and self._replicated and reevaluates_closure(optimizer.optimizer):
             closure = self._averaged(closure)
         if self.precision.name == "32-true":  # as in backward
-            return optimizer.optimizer.step(closure), True
+            return optimizer.optimizer.step(closure, **kwargs), True
         with self.precision.suspended(self.device.type):
-            return optimizer.optimizer.step(closure), True
+            return optimizer.optimizer.step(closure, **kwargs), True
 
     def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return `closure` with the mean of its loss: a line search must decide the same on every rank."""

@@ -23,7 +23,8 @@ class ScalingBackend(Backend):
         if self.scaler is not None:
             self.scaler.begin()
         elif self.precision.loss_scaling:
-            self.scaler = LossScaler(self.device.type, self.scaled_gradients, **(self.scaler_kwargs or {}))
+            options = self.scaler_kwargs or {}
+            self.scaler = LossScaler(self.device.type, self.scaled_gradients, self.gradient_versions, **options)
 
     def scaled_gradients(self, optimizer: OptimizerHandle) -> Iterable[Any]:
         """Return objects whose ``grad`` is a gradient of `optimizer`: parameters, where gradients are there."""

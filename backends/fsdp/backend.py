@@ -234,13 +234,15 @@ class FSDP(EagerBackend):
         clip([*parts, *whole], norm, value, algorithm)
         return norm
 
-    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+    def step(
+        self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, bool]:
         if looks_at_whole(optimizer.optimizer):
             whole = WholeStep(optimizer.optimizer, [p.sharded for _, p in self._in_shards(optimizer)])
             step = super().step
-            done: tuple[Any, bool] = whole.run(lambda evaluate: step(optimizer, evaluate), closure)
+            done: tuple[Any, bool] = whole.run(lambda evaluate: step(optimizer, evaluate, **kwargs), closure)
         else:
-            done = super().step(optimizer, closure)
+            done = super().step(optimizer, closure, **kwargs)
         self._passes.let_go()
         for group, parameter in self._in_shards(optimizer):
             group.release()

@@ -219,10 +219,12 @@ class XLA(Backend):
                     grad.clamp_(-value, value)
         return norm
 
-    def step(self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
+    def step(
+        self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, bool]:
         self._guard.verb("step", optimizer)
         with self.precision.suspended(self.device.type):
-            return self._steps[id(optimizer)](closure), True
+            return self._steps[id(optimizer)](closure, **kwargs), True
 
     def step_boundary(self) -> None:
         graph = None if self._module is None else self._guard.launching(self._module.parameters())

@@ -38,7 +38,7 @@ class HostLBFGS:
         self._optimizer, self._runtime = optimizer, runtime
         self._end_evaluation, self._average = end_evaluation, average
 
-    def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
+    def __call__(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step, and return the loss of the first evaluation, on the CPU."""
         optimizer: Any = self._optimizer
         group = optimizer.param_groups[0]
@@ -62,7 +62,7 @@ class HostLBFGS:
         optimizer._numel_cache = None
         optimizer.state[host[0]] = {k: map_tensors(lambda t: t.cpu(), v) for k, v in state.items()}
         try:
-            return optimizer.step(evaluate if closure is not None else None)
+            return optimizer.step(evaluate if closure is not None else None, **kwargs)
         finally:
             optimizer.state[device[0]] = optimizer.state.pop(host[0])
             group["params"] = optimizer._params = device

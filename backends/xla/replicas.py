@@ -52,6 +52,8 @@ class Replicas(Collectives):
         clipping or by a second backward.
         """
         held = [p for p in parameters if p.grad is not None]
+        if not held:
+            return
         copies = [p.grad.detach().clone() for p in held if p.grad is not None]
         for parameter, mean in zip(held, self._runtime.all_reduce("sum", copies, 1.0 / self.world_size), strict=True):
             parameter.grad = mean

@@ -48,12 +48,12 @@ class Step:
         """Whether the step counter in the optimizer's state belongs on the device."""
         return self._capturable
 
-    def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
+    def __call__(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step, and return what the optimizer returns: the loss of `closure`, which is called once."""
         loss = None
         if closure is not None and self._tensor_lr:  # the closure may look at the settings: call it before
             loss, closure = closure(), None
-        if self._one_op.covers_all():
+        if not kwargs and self._one_op.covers_all():
             self._one_op()
             return loss
         groups = self._optimizer.param_groups
@@ -61,7 +61,8 @@ class Step:
         try:
             for index, group in enumerate(groups):
                 self._prepare(index, group)
-            result = self._optimizer.step(closure) if closure is not None else self._optimizer.step()
+            given = {} if closure is None else {"closure": closure}
+            result = self._optimizer.step(**given, **kwargs)
             return result if loss is None else loss
         finally:
             for group, settings in zip(groups, before, strict=True):

@@ -13,9 +13,10 @@ from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
 from xtrain.hooks import collect_hooks
 from xtrain.launch.join import fail_as_one
+from xtrain.life import GradientLife
 from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
-from xtrain.optimizer import GradientLife
+from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
 from xtrain.run.state import FitPlan, Run, TrainerState
 from xtrain.stages import TrainerFn
@@ -162,8 +163,8 @@ def _set_up_optimizers(run: Run) -> None:
             devices=trainer.backend.devices,
         )
     )
-    run.life.wrap(optimizers)
     wrapped = run.life.optimizers
+    wrapped.extend(LightningOptimizer(optimizer, run.life) for optimizer in optimizers)
     module._optimizers = wrapped[0] if len(wrapped) == 1 else wrapped
     trainer.backend.setup_optimizers(module, wrapped)
 

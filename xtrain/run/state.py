@@ -23,10 +23,10 @@ from xtrain.data.datamodule import LightningDataModule
 from xtrain.data.sharding import agreed, repeat_last, set_epoch
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import own_rank
+from xtrain.life import GradientLife
 from xtrain.loggers.base import Logger, show_images
 from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
-from xtrain.optimizer import GradientLife
 from xtrain.precision import Precision
 from xtrain.stages import TrainerFn
 

@@ -16,7 +16,7 @@ from xtrain.testing.experiments.accumulation import Accumulate
 from xtrain.testing.experiments.automatic import Automatic
 from xtrain.testing.experiments.closures import Closure, lbfgs
 from xtrain.testing.experiments.parameters import SharedLayer
-from xtrain.testing.networks import Batch, d_loss, g_loss, regression
+from xtrain.testing.networks import Batch, regression
 from xtrain.testing.recorder import Recorder
 
 Step = Callable[[Recorder, Batch], Any]
@@ -33,6 +33,7 @@ class Misuse:
         error: what it must raise.
         scaled_only: it is wrong only where gradients are scaled.
         automatic: the module is in automatic optimization.
+        early: it edits gradients before they are finalized.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Misuse:
     error: type[Exception] = ProtocolError
     scaled_only: bool = False
     automatic: bool = False
+    early: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -75,67 +77,6 @@ def _clip_after_step(module: Recorder, batch: Batch) -> None:
     module.clip(d_opt)
 
 
-def _clip_nothing(module: Recorder, batch: Batch) -> None:
-    _, d_opt = module.optimizers()
-    d_opt.zero_grad()
-    module.clip(d_opt)
-
-
-def _backward_after_clip(module: Recorder, batch: Batch) -> None:
-    _, d_opt = module.optimizers()
-    module.manual_backward(_loss(module, batch))
-    module.clip(d_opt)
-    module.manual_backward(_loss(module, batch))
-    d_opt.step()
-
-
-def _stray_after_clip(module: Recorder, batch: Batch) -> None:
-    g_opt, d_opt = module.optimizers()
-    fake = module.G(batch[1])
-    module.manual_backward(d_loss(module.D, batch[0], fake))
-    module.clip(d_opt)
-    g_opt.zero_grad()
-    module.manual_backward(g_loss(module.D, fake))
-    g_opt.step()
-    d_opt.step()
-
-
-def _step_twice(module: Recorder, batch: Batch) -> None:
-    _, d_opt = module.optimizers()
-    module.manual_backward(_loss(module, batch))
-    d_opt.step()
-    d_opt.step()
-
-
-def _step_after_zero(module: Recorder, batch: Batch) -> None:
-    _, d_opt = module.optimizers()
-    module.manual_backward(_loss(module, batch))
-    d_opt.zero_grad()
-    d_opt.step()
-
-
-def _step_after_zeros(module: Recorder, batch: Batch) -> None:
-    _, d_opt = module.optimizers()
-    module.manual_backward(_loss(module, batch))
-    d_opt.zero_grad(set_to_none=False)
-    d_opt.step()
-
-
-def _step_other(module: Recorder, batch: Batch) -> None:
-    g_opt, _ = module.optimizers()
-    module.manual_backward(_loss(module, batch))
-    g_opt.step()
-
-
-def _step_toggled_off(module: Recorder, batch: Batch) -> None:
-    g_opt, d_opt = module.optimizers()
-    module.manual_backward(_loss(module, batch))
-    d_opt.step()
-    with module.toggled_optimizer(g_opt):
-        module.manual_backward(g_loss(module.D, module.G(batch[1])))
-    d_opt.step()
-
-
 def _backward_in_automatic(module: Recorder, batch: Batch) -> Tensor:
     loss = _loss(module, batch)
     module.manual_backward(loss)
@@ -161,6 +102,23 @@ def _direct_backward_on_top(module: Recorder, batch: Batch) -> None:
     module.manual_backward(_loss(module, batch))
     _loss(module, batch).backward()
     d_opt.step()
+
+
+def _edited(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    d_opt.zero_grad()
+    module.manual_backward(_loss(module, batch))
+    torch.nn.utils.clip_grad_norm_(module.D.parameters(), 0.2)
+    d_opt.step()
+
+
+def _replaced(module: Recorder, batch: Batch) -> None:
+    _, d_opt = module.optimizers()
+    d_opt.zero_grad()
+    module.manual_backward(_loss(module, batch))
+    for parameter in module.D.parameters():
+        parameter.grad = None if parameter.grad is None else parameter.grad.sign()
+    module.clip(d_opt)
 
 
 def _untoggle_untoggled(module: Recorder, batch: Batch) -> None:
@@ -193,18 +151,12 @@ def _clip_by(value: Any, algorithm: str = "norm") -> Step:
 
 MISUSES: tuple[Misuse, ...] = (
     Misuse("clip-after-step", _clip_after_step, "clip_gradients before step"),
-    Misuse("clip-nothing", _clip_nothing, "none"),
-    Misuse("backward-after-clip", _backward_after_clip, "before its gradients are clipped"),
-    Misuse("stray-backward-after-clip", _stray_after_clip, "toggled_optimizer"),
-    Misuse("step-twice", _step_twice, "none"),
-    Misuse("step-after-zero-grad", _step_after_zero, "none"),
-    Misuse("step-after-zeros", _step_after_zeros, "none"),
-    Misuse("step-the-other", _step_other, "none"),
-    Misuse("step-while-shielded", _step_toggled_off, "none"),
     Misuse("manual-backward-in-automatic", _backward_in_automatic, "automatic_optimization = False", automatic=True),
     Misuse("raw-step", _raw_step, "loss scale", scaled_only=True),
     Misuse("direct-backward", _direct_backward, "loss scale", scaled_only=True),
     Misuse("direct-backward-on-top", _direct_backward_on_top, "loss scale", scaled_only=True),
+    Misuse("edited-gradients", _edited, "loss scale", scaled_only=True, early=True),
+    Misuse("replaced-gradients", _replaced, "loss scale", scaled_only=True, early=True),
     Misuse("untoggle-untoggled", _untoggle_untoggled, "is not"),
     Misuse("vector-loss", _vector_loss, "shape (", ConfigurationError),
     Misuse("loss-without-graph", _no_graph, "without a graph", ConfigurationError),
@@ -212,7 +164,6 @@ MISUSES: tuple[Misuse, ...] = (
     Misuse("clip-zero", _clip_by(0.0), "0.0", ConfigurationError),
     Misuse("clip-negative", _clip_by(-1.0), "-1.0", ConfigurationError),
     Misuse("clip-nan", _clip_by(float("nan")), "nan", ConfigurationError),
-    Misuse("clip-none", _clip_by(None), "None", ConfigurationError),
     Misuse("clip-algorithm", _clip_by(1.0, "l1"), "'l1'", ConfigurationError),
 )
 

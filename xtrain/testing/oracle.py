@@ -50,6 +50,7 @@ class Plain(nn.Module):
         self.epochs, self.max_steps = epochs, max_steps
         self.notes: Notes = {}
         self.step_count: list[int] = []
+        self.idle_steps = 0  # steps without a gradient: they do nothing, and their training step counts
         self.global_step = 0
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -88,12 +89,12 @@ class Plain(nn.Module):
             optimizer.register_step_post_hook(counter(index))
 
     def steps(self) -> Iterator[tuple[int, int, Batch]]:
-        """Yield epoch, index and batch; a step in which any optimizer moved counts for `global_step`."""
+        """Yield epoch, index and batch; a step in which any optimizer stepped counts for `global_step`."""
         for epoch in range(self.epochs):
             for index, batch in enumerate(self.data):
-                before = sum(self.step_count)
+                before = self.idle_steps + sum(self.step_count)
                 yield epoch, index, batch
-                self.global_step += sum(self.step_count) > before
+                self.global_step += self.idle_steps + sum(self.step_count) > before
                 if self.global_step == self.max_steps:
                     return
 

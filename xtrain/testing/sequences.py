@@ -9,6 +9,7 @@ leave the parameters of the same program run in plain PyTorch; an illegal verb m
 # ruff: noqa: D102 - hooks are documented where `xtrain.hooks` declares them
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ LIMIT = 0.05
 
 _WEIGHTS = {"step": 4, "clip": 2, "zero": 1, "zero_in_place": 1, "toggle": 1, "schedule": 1}
 _PHASE_AFTER = {"zero": "empty", "zero_in_place": "empty", "clip": "final", "step": "used"}
+_NEEDS_GRADIENTS = ("clip", "step")  # without any they do nothing
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,13 @@ class Plan:
 
 @dataclass
 class _State:
-    """What the model knows of the run so far: where gradients are, whether there are any, open toggles."""
+    """What the model knows of the run so far: where gradients are, whether there are any, open toggles.
+
+    A backward may add to clipped gradients where they are `editable`.
+    """
 
     count: int
+    editable: bool = True
     phase: list[str] = field(default_factory=list)
     filled: list[bool] = field(default_factory=list)
     toggles: list[int] = field(default_factory=list)
@@ -88,21 +94,21 @@ class _State:
     def legal(self, verb: Verb) -> bool:
         """Return whether `verb` is allowed by the life of a gradient."""
         if verb.name == "backward":
-            return all(self.phase[i] != "final" for i in self.reaches(verb.index))
-        if verb.name in ("clip", "step"):
-            return self.filled[verb.index] and self.phase[verb.index] in ("held", "final")
-        return True
+            return self.editable or all(self.phase[i] != "final" for i in self.reaches(verb.index))
+        return verb.name != "clip" or self.phase[verb.index] != "used"
 
     def apply(self, verb: Verb) -> None:
         """Advance by a legal `verb`."""
         i = verb.index
         if verb.name == "backward":
             for reached in self.reaches(i):
-                self.filled[reached] = True
+                self.filled[reached], self.phase[reached] = True, "held"
             # A backward concerns every optimizer that is not toggled off: its earlier gradients may be used again.
             for other in range(self.count) if not self.toggles else self.toggles[-1:]:
                 if self.phase[other] != "final":
                     self.phase[other] = "held"
+        elif verb.name in _NEEDS_GRADIENTS and not self.filled[i]:
+            self.phase[i] = "empty"
         elif verb.name in _PHASE_AFTER:
             self.phase[i] = _PHASE_AFTER[verb.name]
             self.filled[i] &= verb.name != "zero"  # zeros are still gradients, once a backward adds to them
@@ -113,9 +119,15 @@ class _State:
 
 
 @st.composite
-def plans(draw: st.DrawFn, illegal: bool) -> Plan:
-    """Return a strategy for legal programs, or for ones whose last verb alone is illegal."""
-    state = _State(draw(st.integers(1, 3)))
+def plans(draw: st.DrawFn, illegal: bool, editable: bool) -> Plan:
+    """Return a strategy for legal programs, or for ones whose last verb alone is illegal.
+
+    Args:
+        draw: given by hypothesis.
+        illegal: whether to end with an illegal verb.
+        editable: the capability ``editable_gradients`` of the backend.
+    """
+    state = _State(draw(st.integers(1, 3)), editable)
     program: Program = []
     for _ in range(draw(st.integers(1, 4))):
         program.append([])
@@ -123,7 +135,8 @@ def plans(draw: st.DrawFn, illegal: bool) -> Plan:
             _append(draw(st.sampled_from(state.verbs(legal=True))), state, program)
     if illegal:
         if not state.verbs(legal=False):
-            _append(Verb("zero"), state, program)
+            _append(Verb("backward", JOINT), state, program)
+            _append(Verb("step", state.toggles[-1] if state.toggles else 0), state, program)
         program[-1].append(draw(st.sampled_from(state.verbs(legal=False))))
     return Plan(state.count, program, illegal)
 
@@ -170,7 +183,9 @@ class SequenceModule(Recorder):
         optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         for verb in self.plan.program[batch_idx]:
             self.position += 1
-            self._call(verb, batch, optimizers, schedulers)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Expected gradients of optimizer")  # of a step on nothing
+                self._call(verb, batch, optimizers, schedulers)
             if verb.name in ("toggle", "untoggle"):
                 self.note(requires_grad=[net.first.weight.requires_grad for net in self.nets])
 
@@ -213,6 +228,8 @@ def run_by_hand(run: Plain, plan: Plan) -> None:
                 optimizers[verb.index].zero_grad(set_to_none=verb.name == "zero")
             elif verb.name == "clip":
                 run.note(norm=clip_grad_norm_(nets[verb.index].parameters(), LIMIT))
+            elif verb.name == "step" and all(p.grad is None for p in nets[verb.index].parameters()):
+                run.idle_steps += 1
             elif verb.name == "step":
                 optimizers[verb.index].step()
             elif verb.name == "schedule":

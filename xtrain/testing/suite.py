@@ -25,6 +25,7 @@ from xtrain.testing.comparison import Experiment, Outcome, as_loader, expect, ma
 from xtrain.testing.experiments import EXPERIMENTS
 from xtrain.testing.experiments.clipping import ClippedGan
 from xtrain.testing.experiments.evaluation import Evaluated, evaluation_loss, predictions
+from xtrain.testing.experiments.finalized import FINALIZED
 from xtrain.testing.experiments.gan import Gan
 from xtrain.testing.experiments.unwrapped import DIRECT_BACKWARD, RAW_OPTIMIZER
 from xtrain.testing.misuse import MISUSES, PROVOCATIONS, Misuse, Provocation, UnreadableData
@@ -66,6 +67,8 @@ class BackendConformance:
             ``"bf16-mixed-lbfgs"`` is for that experiment alone.
         oracle_device: where the hand-written loops run.
         provocations: a run for each rule that only this backend has, by rule id.
+        early_gradients: whether ``.grad`` has a backward's gradients before they are finalized, so that an edit of
+            them can be noticed.
         direct_calls: whether ``loss.backward()`` and the user's own optimizer may be used where no loss is scaled.
         sequence_examples: how many random programs to run per precision.
     """
@@ -77,6 +80,7 @@ class BackendConformance:
     oracle_device: ClassVar[str] = "cpu"
     provocations: ClassVar[Mapping[str, Provocation]] = {}
     direct_calls: ClassVar[bool] = True
+    early_gradients: ClassVar[bool] = True
     sequence_examples: ClassVar[int] = 60
 
     def launch(self, job: Job) -> list[Any]:
@@ -94,7 +98,8 @@ class BackendConformance:
             rows = [(p, e) for p in self.precisions for e in EXPERIMENTS if scaled[p] or not e.scaling]
             metafunc.parametrize("precision, experiment", rows, ids=[f"{p}-{e}" for p, e in rows])
         elif "misuse" in names:
-            table = [(p, m) for p in self.precisions for m in MISUSES if scaled[p] or not m.scaled_only]
+            misuses = [m for m in MISUSES if self.early_gradients or not m.early]
+            table = [(p, m) for p in self.precisions for m in misuses if scaled[p] or not m.scaled_only]
             metafunc.parametrize("precision, misuse", table, ids=[f"{p}-{m}" for p, m in table])
         elif "rule" in names:
             metafunc.parametrize(
@@ -131,7 +136,7 @@ class BackendConformance:
                 run_by_hand(run, plan)
             self.compare(outcomes, outcome_of(run, run), precision)
 
-        self._explore(check, plans(illegal=False))
+        self._explore(check, plans(illegal=False, editable=self._editable()))
 
     def test_random_illegal_sequences(self, precision: str) -> None:
         """The verb that is out of order raises, and no verb before it."""
@@ -142,11 +147,14 @@ class BackendConformance:
                 fit_plan(module, self.backend, precision, self.options)
             assert module.position == sum(map(len, plan.program)), f"raised at verb {module.position} of {plan}"
 
-        self._explore(check, plans(illegal=True))
+        self._explore(check, plans(illegal=True, editable=self._editable()))
+
+    def _editable(self) -> bool:
+        return get_backend_class(self.backend).capabilities.editable_gradients
 
     def _explore(self, check: Callable[[Plan], None], drawn: SearchStrategy[Plan]) -> None:
-        config = settings(max_examples=self.sequence_examples, deadline=None, derandomize=True, database=None)
-        config(given(drawn)(check))()
+        fixed: Any = {"deadline": None, "derandomize": True, "database": None, "report_multiple_bugs": False}
+        settings(max_examples=self.sequence_examples, **fixed)(given(drawn)(check))()
 
     def compare(self, outcomes: list[Outcome], expected: Outcome, precision: str) -> None:
         """Compare all ranks with each other, bit by bit, and their mean facts with the oracle's."""
@@ -228,6 +236,16 @@ class BackendConformance:
         """``loss.backward()`` warns and trains as usual where nothing is lost by that, and raises elsewhere."""
         warning = pytest.warns(UserWarning, match="manual_backward")
         self._plain_or_refused(DIRECT_BACKWARD, precision, warning)
+
+    @pytest.mark.parametrize("finalized", FINALIZED, ids=str)
+    def test_finalized_gradients(self, precision: str, finalized: Experiment) -> None:
+        """Finalized gradients may be read, edited and added to where they are in ``.grad``; else that raises."""
+        job = partial(perform, finalized, self.backend, precision, self.options)
+        if not self._editable():
+            with pytest.raises(ProtocolError):
+                self.launch(job)
+            return
+        self.compare(self.launch(job), expect(finalized, precision, self.oracle_device), precision)
 
     def _plain_or_refused(self, experiment: Experiment, precision: str, warning: AbstractContextManager[Any]) -> None:
         job = partial(perform, experiment, self.backend, precision, self.options)

@@ -17,6 +17,7 @@ from xtrain.testing.experiments.parameters import EXPERIMENTS as PARAMETERS
 from xtrain.testing.experiments.scaling import EXPERIMENTS as SCALING
 from xtrain.testing.experiments.schedules import EXPERIMENTS as SCHEDULES
 from xtrain.testing.experiments.toggling import EXPERIMENTS as TOGGLING
+from xtrain.testing.experiments.unusual import EXPERIMENTS as UNUSUAL
 
 __all__ = ["EXPERIMENTS", "Experiment", "Outcome", "as_loader", "expect", "make_trainer", "outcome_of", "perform"]
 
@@ -32,4 +33,5 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *AUTOMATIC,
     *EVALUATION,
     *SCALING,
+    *UNUSUAL,
 )

@@ -1,0 +1,143 @@
+"""What the optimizers of one run share: the backend, the toggles, the hooks, and what is said once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from xtrain.contract import Backend, Phase
+from xtrain.errors import (
+    BACKWARD_AFTER_CLIP,
+    LOSS,
+    STEPPED_BETWEEN,
+    ConfigurationError,
+    NonFiniteLossError,
+    ProtocolError,
+    explain,
+)
+from xtrain.guard import Seen, guard
+from xtrain.toggle import ToggleStack
+
+Hooks = dict[str, list[Callable[..., Any]]]
+
+
+class GradientLife:
+    """What the optimizers of one run share: backend, toggles, hooks. Each has a phase and counters of its own.
+
+    Args:
+        backend: executes the verbs.
+        hooks: the overridden hooks by name, as callables.
+        nonfinite_loss: ``"warn"``, ``"stop"`` or ``"ignore"`` for a loss that is NaN or infinite.
+    """
+
+    def __init__(self, backend: Backend, hooks: Hooks, nonfinite_loss: str = "warn") -> None:
+        self.backend = backend
+        self.hooks = hooks
+        self.optimizers: list[Any] = []  # of type LightningOptimizer, which knows this class
+        self.toggles = ToggleStack(self.optimizers)
+        self.stepped = False
+        self.lost: str | None = None  # what a gradient misses that only a backend could complete
+        self.in_backward = False
+        self.last_loss: Tensor | None = None
+        self._asynchronous = backend.capabilities.asynchronous
+        self._nonfinite_loss = nonfinite_loss
+        self._warned: set[str] = set()
+
+    @contextmanager
+    def backward(self, loss: Tensor, has_gradient_argument: bool = False) -> Iterator[None]:
+        """Return the context of one backward: checks before, bookkeeping and hooks around it.
+
+        Args:
+            loss: what the backward starts from.
+            has_gradient_argument: the caller gives ``gradient``, so `loss` may have several elements.
+
+        Raises:
+            ConfigurationError: if `loss` is no scalar tensor or has no graph.
+            NonFiniteLossError: if it is NaN or infinite and the run is to stop there.
+            ProtocolError: if the backward reached finalized gradients that the backend cannot add to, or
+                parameters that were stepped after its forward.
+        """
+        self._check_loss(loss, has_gradient_argument)
+        for hook in self.hooks["on_before_backward"]:
+            hook(loss)
+        finalized = [o for o in self.optimizers if o.phase is Phase.FINALIZED] if self.lost is not None else []
+        versions = [self.backend.gradient_versions(optimizer) for optimizer in finalized]
+        self.in_backward = True
+        try:
+            yield
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error) and self.stepped:
+                raise ProtocolError(explain(STEPPED_BETWEEN[0], f"{error}", STEPPED_BETWEEN[1])) from error
+            raise
+        finally:
+            self.in_backward = False
+        for optimizer, before in zip(finalized, versions, strict=True):
+            if self.backend.gradient_versions(optimizer) != before:
+                if not self.backend.capabilities.editable_gradients:
+                    raise ProtocolError(BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
+                optimizer.phase = Phase.ACCUMULATED  # an average of averaged plus local gradients is right
+        for optimizer in self.toggles.active[-1:] or self.optimizers:
+            if optimizer.phase is not Phase.FINALIZED:
+                optimizer.phase = Phase.ACCUMULATED
+                optimizer.seen = None if self.lost is None else Seen(self.backend, optimizer)
+        for hook in self.hooks["on_after_backward"]:
+            hook()
+
+    def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:
+        if not isinstance(loss, Tensor):
+            raise ConfigurationError(LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
+        if loss.numel() != 1 and not has_gradient_argument:
+            raise ConfigurationError(LOSS.format(f"shape {tuple(loss.shape)}"))
+        if not loss.requires_grad:
+            raise ConfigurationError(LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
+        if self._nonfinite_loss != "ignore" and loss.numel() == 1:
+            if self._asynchronous:
+                self.last_loss = loss.detach()
+            elif not math.isfinite(value := loss.item()):
+                self.check_finite(value)
+
+    def guard(self) -> list[Any]:
+        """Refuse raw steps and direct backwards where the backend would lose something by them.
+
+        Returns:
+            Handles; call ``remove()`` on each when the run ends.
+        """
+        self.lost = lost = self.backend.unseen_gradient()
+        return (
+            []
+            if lost is None
+            else [handle for o in self.optimizers for handle in guard(o, self.backend.leaves_of(o), lost, o.allows)]
+        )
+
+    def check_finite(self, loss: float) -> None:
+        """Warn once, or raise `NonFiniteLossError`, if `loss` is NaN or infinite."""
+        if math.isfinite(loss):
+            return
+        if self._nonfinite_loss == "stop":
+            fix = "a smaller learning rate, self.clip_gradients(...), or Trainer(nonfinite_loss='warn') to go on"
+            raise NonFiniteLossError(explain("a finite loss", loss, fix))
+        fix = "Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message"
+        self.warn_once(explain("a finite loss", loss, fix), about="a loss that is not finite")
+
+    def warn_once(self, text: str, about: str | None = None) -> None:
+        """Warn, but only the first time in this run; messages that differ in details have one subject, `about`."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
+            warnings.warn(text, UserWarning, stacklevel=4)
+
+    def wrapper_of(self, optimizer: Any) -> Any:
+        """Return the `LightningOptimizer` for a wrapped or raw optimizer of this run.
+
+        Raises:
+            ConfigurationError: if it is neither.
+        """
+        for candidate in self.optimizers:
+            if candidate is optimizer or candidate.optimizer is optimizer:
+                return candidate
+        expected, received = "an optimizer returned by configure_optimizers", type(optimizer).__name__
+        raise ConfigurationError(explain(expected, received, "opt = self.optimizers()"))
