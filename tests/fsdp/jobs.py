@@ -61,14 +61,14 @@ class Saving(Muon):
     steps = 3
 
     def on_train_end(self):
-        self.saved = self.trainer.backend.training_state(self, self.trainer.optimizers)
+        self.saved = self.trainer.backend.training_state(self, self.optimizers())
 
 
 class Resuming(Muon):
     steps = 5
 
     def on_train_start(self):
-        self.trainer.backend.load_training_state(self, self.trainer.optimizers, self.state)
+        self.trainer.backend.load_training_state(self, self.optimizers(), self.state)
 
     def train_on(self, do, opts, noise, data, index):
         super().train_on(do, opts, noise, data, index + Saving.steps)
