@@ -128,6 +128,8 @@ class FSDP(EagerBackend):
         self._sharded = ShardedModule(module, mesh, self.device, self.shard, mixed, offload, self.methods)
         self._names = {part: name for name, part in module.named_modules()}
         self._passes = Passes(self._sharded.groups, self.reduce == "backward")
+        for group in self._sharded.groups if self._replicated else ():
+            group.announce(self.collectives.meet)
 
     def setup_optimizers(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> None:
         super().setup_optimizers(module, optimizers)
@@ -230,6 +232,7 @@ class FSDP(EagerBackend):
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         parts, whole = split(optimizer.parameters)
+        self.collectives.meet(f"clip the gradients of {optimizer!r}")
         norm = total_norm(parts, whole, self._ranks, self.device)
         clip([*parts, *whole], norm, value, algorithm)
         return norm

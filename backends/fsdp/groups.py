@@ -21,7 +21,7 @@ _FSDP = "torch.distributed.fsdp._fully_shard."
 _NEEDED = {
     "torch.distributed.fsdp:FSDPModule": "reshard unshard set_reshard_after_forward _get_fsdp_state",
     _FSDP + "_fsdp_param:FSDPParam": "accumulate_unsharded_grad_if_needed init_unsharded_param",
-    _FSDP + "_fsdp_param_group:FSDPParamGroup": "pre_backward post_backward finalize_backward is_unsharded",
+    _FSDP + "_fsdp_param_group:FSDPParamGroup": "unshard pre_backward post_backward finalize_backward is_unsharded",
     _FSDP + "_fsdp_state:FSDPState": "_lazy_init",
     "torch.distributed:_composable_state": "_module_state_mapping",
 }
@@ -152,6 +152,24 @@ class LayerGroup:
     def gather(self) -> None:
         """Gather the whole parameters; every rank of the mesh must call it."""
         self.module.unshard()
+
+    def announce(self, say: Callable[[str], Any]) -> None:
+        """Call `say` before each gather, so that ranks that do different things hear of it and do not wait.
+
+        Args:
+            say: is given in words what comes.
+        """
+        group = self._inner
+        if group is None:
+            return
+        real = group.unshard
+
+        def unshard(async_op: bool = False) -> None:
+            if group._all_gather_result is None and not group.is_unsharded:
+                say(f"gather {self.name}")
+            real(async_op)
+
+        group.unshard = unshard
 
     def release(self) -> None:
         """Free the whole parameters."""

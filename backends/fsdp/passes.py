@@ -38,11 +38,6 @@ class Passes:
         group.stay_gathered(True)
         self._held.append(group)
 
-    @property
-    def facts(self) -> int:
-        """How many facts the ranks exchange in `meet`."""
-        return 2 * sum(1 + len(group.parameters) for group in self._groups)
-
     def meet(self, loss: Tensor, agree: Callable[[list[int]], list[int]]) -> None:
         """Let all ranks gather what the backward of only some of them will ask for.
 

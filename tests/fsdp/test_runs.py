@@ -69,6 +69,11 @@ def test_or_is_refused_where_each_backward_reduces(pair):
         pair.run(partial(by_xtrain, jobs.OnSomeRanks, {"reduce": "backward"}), 60.0)
 
 
+def test_a_layer_that_some_ranks_never_call_is_an_error_on_all(pair):
+    with pytest.raises(ProtocolError, match=r"gather b.0.*run a backward|run a backward.*gather b.0"):
+        pair.run(partial(jobs.call_on_some_ranks, {}), 60.0)
+
+
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "Wgan"])
 def test_reduced_in_each_backward(pair, recipe):
     same_as_by_hand(pair, RECIPES[recipe], {"reduce": "backward"})
