@@ -129,7 +129,7 @@ def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
         ({"RANK": "0", "WORLD_SIZE": "2", **MASTER, "MASTER_ADDR": "host"}, "LOCAL_RANK beside RANK"),
         ({**PLAIN, **SRUN, "SLURM_NTASKS": "4"}, "WORLD_SIZE to be 4, which slurm started"),
         ({**PLAIN, "OMPI_COMM_WORLD_SIZE": "4"}, "WORLD_SIZE to be 4, which mpi started"),
-        ({**TORCHRUN, **ACCELERATE, "ACCELERATE_USE_FSDP": "true"}, "MULTI_GPU, DEEPSPEED.*FSDP"),
+        ({**TORCHRUN, **ACCELERATE, "ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION=1.*\n.*--fsdp_version 2"),
         ({**ACCELERATE, "ACCELERATE_USE_MEGATRON_LM": "1"}, "Megatron-LM"),
         ({**ACCELERATE, "ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8"),
     ],

@@ -62,7 +62,7 @@ def test_instance_agrees_with_its_own_name():
             {"strategy": "deepspeed_stage_3", "backend_options": {"stage": 1}},
             ("strategy='deepspeed_stage_3'", "agree on stage (3)", "stage=1", "backend='deepspeed' in place of"),
         ),
-        ({"strategy": "fsdp"}, ("strategy out of", "'deepspeed_stage_2'", "'fsdp'")),
+        ({"strategy": "fsdp1"}, ("strategy out of", "'deepspeed_stage_2'", "'fsdp'", "'fsdp1'")),
     ],
 )
 def test_disagreement_or_unknown_spelling(options, parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, final
@@ -22,6 +23,7 @@ from ..eager.process_group import join_processes
 from ..eager.replicas import check_module
 from .gradients import Part, clip, split, total_norm
 from .groups import LayerGroup, ShardedParameter, local, missing_names
+from .launcher import agreed_options
 from .mesh import make_mesh, read_mesh
 from .options import check_choice, read_mixed
 from .outside import ExplainsShards
@@ -42,7 +44,7 @@ class FSDP(EagerBackend):
     Args:
         reduce: ``"finalize"``, or ``"backward"``, where FSDP2 reduces in every backward, overlapped with it:
             less memory for gradients, but no gradient of a gradient.
-        shard: what is gathered together: ``"layers"``, the items of each network's lists and sequences
+        shard: what is gathered together: ``"layers"`` (default), the items of each network's lists and sequences
             (its children, where it has none); ``"children"``, each child network of the module as one;
             or a function of name and module that says what is a group.
         mesh: ``{"data": n, "fsdp": m}``, parameters in m shards, n times; ``{"data": n}`` shards nothing.
@@ -69,7 +71,7 @@ class FSDP(EagerBackend):
     def __init__(
         self,
         reduce: Literal["finalize", "backward"] = "finalize",
-        shard: Policy = "layers",
+        shard: Policy | None = None,
         mesh: Mapping[str, int] | None = None,
         replicate: int | None = None,
         offload: str | None = None,
@@ -83,10 +85,12 @@ class FSDP(EagerBackend):
         check_choice("reduce", reduce, ("finalize", "backward"))
         check_choice("offload", offload, (None, "cpu"))
         check_choice("device", device, (None, "cpu", "cuda"))
-        check_policy(shard)
-        self.reduce, self.shard, self.methods = reduce, shard, tuple(methods)
+        agreed = agreed_options({"shard": shard, "offload": offload, "device": device}, os.environ)
+        self.offload, self._wanted_device = agreed["offload"], agreed["device"]
+        self.shard: Policy = agreed["shard"] or "layers"
+        check_policy(self.shard)
+        self.reduce, self.methods = reduce, tuple(methods)
         self.axes, self.mixed = read_mesh(mesh, replicate), read_mixed(mixed)
-        self.offload, self._wanted_device = offload, device
         self._sharded: ShardedModule | None = None
         self._names: dict[nn.Module, str] = {}
         self._passes = Passes((), reduced_in_backward=False)

@@ -25,6 +25,8 @@ BOUND = 100
 
 PYTHON = (sys.executable,)
 TWO = ("--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no")
+# Its own default is a setting of version 1, which it refuses itself under version 2.
+SHARDED = ("--fsdp_reshard_after_forward", "true")
 
 
 def environment(**variables):
@@ -92,9 +94,18 @@ def same_as_one_process(folder, ranks, tolerance=1e-6):
         (torchrun(2), {}, "cpu", "2 (torchrun, WORLD_SIZE=2)"),
         (accelerate("--multi_gpu", *TWO), {"ACCELERATE_USE_CPU": "true"}, "cpu", "2 (accelerate, WORLD_SIZE=2)"),
         (accelerate("--use_deepspeed", *TWO), {"DS_ACCELERATOR": "cpu"}, "deepspeed", "2 (accelerate, WORLD_SIZE=2)"),
+        (accelerate("--use_fsdp", "--fsdp_version", 2, *SHARDED, *TWO), {}, "fsdp", "2 (accelerate, WORLD_SIZE=2)"),
         (accelerate("--tpu", "--main_training_function", "main"), {"PJRT_DEVICE": "CPU"}, "tpu", "1 (no launcher)"),
     ],
-    ids=["python", "python with devices=2", "torchrun", "accelerate", "accelerate, DeepSpeed", "accelerate, TPU"],
+    ids=[
+        "python",
+        "python with devices=2",
+        "torchrun",
+        "accelerate",
+        "accelerate, DeepSpeed",
+        "accelerate, FSDP",
+        "accelerate, TPU",
+    ],
 )
 def test_every_launcher_trains_as_one_process(program, variables, backend, processes, tmp_path):
     devices = ["--devices", 2] if processes == "2 (given)" else []
@@ -200,7 +211,7 @@ def test_accelerate_that_starts_one_process_is_noticed():
         (
             ["distributed_type: FSDP", "fsdp_config: {fsdp_version: 1}"],
             [],
-            "for CPU, MULTI_GPU, DEEPSPEED or XLA (TPU). Received: one for FSDP (ACCELERATE_USE_FSDP=true)",
+            "Expected version 2 of accelerate's FSDP settings. Received: FSDP_VERSION=1",
         ),
         (
             ["distributed_type: 'NO'", "use_cpu: true"],

@@ -26,11 +26,13 @@ STRATEGIES: Spellings = {
     "deepspeed": ("deepspeed", {}),
     **{f"deepspeed_stage_{n}": ("deepspeed", {"stage": n}) for n in (1, 2, 3)},
     **{f"deepspeed_stage_{n}_offload": ("deepspeed", {"stage": n, "offload_optimizer": "cpu"}) for n in (2, 3)},
+    "fsdp": ("fsdp", {}),
+    "fsdp_cpu_offload": ("fsdp", {"offload": "cpu"}),
 }
 AUTO = "auto"
 HARDWARE, FALLBACK = ("cuda",), "cpu"  # what "auto" looks for, in this order, unless a launcher asks for something else
 # Variables of launchers, and the backend each asks for if it is true; the first that is counts.
-WISHES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_CPU": "cpu"}
+WISHES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_CPU": "cpu"}
 REPLICAS = "tpu"  # what torch_xla.launch and accelerate's own launcher of replicas start, and PJRT_DEVICE=TPU means
 
 

@@ -99,6 +99,14 @@ def _offload(option: str) -> Callable[[Any], dict[str, Any]]:
     return lambda wanted: {option: "cpu"} if wanted else {}
 
 
+def _classes(policy: Any) -> dict[str, Any]:
+    """Return the option for a set of module classes, or for a function of name and module."""
+    if policy is None or callable(policy):
+        return {} if policy is None else {"shard": policy}
+    classes = tuple(policy)
+    return {"shard": lambda name, module: isinstance(module, classes)}
+
+
 class SingleDeviceStrategy(Strategy):
     """One process."""
 
@@ -134,7 +142,9 @@ class FSDPStrategy(ParallelStrategy):
 
     backend = "fsdp"
     known: ClassVar[Mapping[str, Callable[[Any], dict[str, Any]]]] = {
+        "auto_wrap_policy": _classes,
         "cpu_offload": _offload("offload"),
+        "device_mesh": lambda mesh: {} if mesh is None else {"mesh": dict(zip(("data", "fsdp"), mesh, strict=True))},
         "timeout": _seconds,
     }
 

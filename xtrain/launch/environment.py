@@ -19,7 +19,7 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _USES = ("CPU", "DEEPSPEED", "FSDP", "MEGATRON_LM")
 _ACCELERATE = ("ACCELERATE_MIXED_PRECISION", *(f"ACCELERATE_USE_{use}" for use in _USES))
 _PJRT = ("CPU", "TPU", "CUDA", "GPU", "ROCM", "XPU", "NEURON")
-_FOREIGN = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+_FOREIGN = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 _PRECISIONS = {"no": None, "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -139,11 +139,14 @@ def _refusal(expected: str, received: str) -> ConfigurationError:
 
 
 def _accelerate_wishes(env: _Environment) -> tuple[str | None, str | None]:
+    if env.true("ACCELERATE_USE_FSDP") and (version := env.environ.get("FSDP_VERSION", "1")) != "2":
+        fix = "accelerate launch --use_fsdp --fsdp_version 2, or fsdp_version: 2 in fsdp_config"
+        raise ConfigurationError(explain("version 2 of accelerate's FSDP settings", f"FSDP_VERSION={version}", fix))
     for variable, kind in _FOREIGN.items():
         if env.true(variable):
-            fix = "accelerate config: choose no distributed training, multi-GPU, DeepSpeed or TPU"
+            fix = "accelerate config: choose no distributed training, multi-GPU, DeepSpeed, FSDP or TPU"
             raise ConfigurationError(
-                explain("an accelerate configuration for CPU, MULTI_GPU, DEEPSPEED or XLA (TPU)",
+                explain("an accelerate configuration for CPU, MULTI_GPU, DEEPSPEED, FSDP or XLA (TPU)",
                         f"one for {kind} ({variable}={env.environ[variable]}), which xtrain does not run", fix)
             )  # fmt: skip
     if env.true("ACCELERATE_USE_DEEPSPEED") and env.true("ACCELERATE_USE_CPU") and "DS_ACCELERATOR" not in env.environ:
