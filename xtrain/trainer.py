@@ -8,16 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
 from xtrain.compat.arguments import check_arguments, read_devices
 from xtrain.compat.backends import read_backend
+from xtrain.compat.environment import environment_defaults
 from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
 from xtrain.data.batches import empty_loader
 from xtrain.data.datamodule import LightningDataModule
-from xtrain.data.loaders import read_loaders
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import resolve
 from xtrain.loggers import Logger, as_loggers
@@ -26,7 +28,8 @@ from xtrain.module import LightningModule
 from xtrain.registry import make_backend
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.evaluation import accept_arguments, evaluate
-from xtrain.run.plan import plan_fit
+from xtrain.run.options import OptionArguments, Options, read_options
+from xtrain.run.plan import plan_fit, reload_if_due
 from xtrain.run.setup import started_run
 from xtrain.run.state import Progress, Run, TrainerState
 
@@ -67,6 +70,7 @@ class Trainer(TrainerState):
         enable_progress_bar: show a progress bar on rank 0.
         default_root_dir: where loggers write; default: the working directory.
         inference_mode: evaluate under `torch.inference_mode` instead of `torch.no_grad`.
+        **others: see `xtrain.run.options.Options`.
         **others: the other arguments of Lightning's Trainer, with values that change nothing here.
 
     Raises:
@@ -79,6 +83,7 @@ class Trainer(TrainerState):
         (4, 4)
     """
 
+    @environment_defaults(*OptionArguments.__annotations__)
     def __init__(
         self,
         backend: str | Backend | None = None,
@@ -110,9 +115,13 @@ class Trainer(TrainerState):
         enable_progress_bar: bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         inference_mode: bool = True,
-        **others: Any,
+        **others: Unpack[OptionArguments],
     ) -> None:
-        check_arguments(others, Trainer)
+        self.options, unknown = read_options(others)
+        check_arguments(unknown, Trainer)
+        logger, enable_progress_bar, num_sanity_val_steps, log_every_n_steps = self.options.bare(
+            logger, enable_progress_bar, num_sanity_val_steps, log_every_n_steps
+        )
         count = check_count("devices", read_devices(devices), 1)
         chosen, options = read_backend(backend, accelerator, strategy, backend_options)
         chosen, self.precision = resolve(chosen, precision, count)
@@ -127,15 +136,18 @@ class Trainer(TrainerState):
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
-        every = 50 if log_every_n_steps is None else log_every_n_steps
-        self.log_every_n_steps = check_count("log_every_n_steps", every, 0)
         self.inference_mode = inference_mode
-        root = default_root_dir or Path.cwd()
+        self._read_watching(callbacks, logger, enable_progress_bar is not False, log_every_n_steps, default_root_dir)
+        self.progress = Progress()
+
+    def _read_watching(self, callbacks: Any, logger: Any, bar: bool, every: int | None, root: Any) -> None:
+        """Set who watches a run: callbacks, loggers, the bar."""
+        self.log_every_n_steps = check_count("log_every_n_steps", 50 if every is None else every, 0)
+        root = root or Path.cwd()
         self.default_root_dir = os.path.expanduser(root)  # noqa: PTH111  # a Path would change "s3://bucket"
         loggers = as_loggers(logger, self.default_root_dir)
-        self.loggers = [SilentLogger()] if fast_dev_run and loggers else loggers
-        self.callbacks = _with_progress_bar(callbacks, enable_progress_bar is not False)
-        self.progress = Progress()
+        self.loggers = [SilentLogger()] if self.fast_dev_run and loggers else loggers
+        self.callbacks = _callbacks(callbacks, self.options, bar)
 
     def _read_ends(self, fast_dev_run: bool | int, max_epochs: int | None, max_steps: int | None) -> None:
         """Set how long a fit goes on; a fast run is one epoch of so many batches, whatever else was asked for."""
@@ -148,6 +160,8 @@ class Trainer(TrainerState):
 
     def _read_limits(self, train: Any, val: Any, test: Any, predict: Any) -> None:
         quick = int(self.fast_dev_run)
+        train = self.options.overfit_batches or train
+        val = self.options.overfit_batches or val
         self.limit_train_batches = quick or check_limit("limit_train_batches", train)
         self.limit_val_batches = quick or check_limit("limit_val_batches", val)
         self.limit_test_batches = quick or check_limit("limit_test_batches", test)
@@ -235,7 +249,7 @@ class Trainer(TrainerState):
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
         with started_run(self, stage, self.lightning_module if model is None else model, datamodule) as run:
-            found = read_loaders(stage, loaders, (run.datamodule, run.module), self.backend.collectives)
+            found = run.read_loaders(stage, loaders)
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
             run.loaders[stage] = found
@@ -254,7 +268,9 @@ class Trainer(TrainerState):
             run.call("on_sanity_check_end")
         with metrics.stage("train"):
             run.call("on_train_start")
+            first = progress.epoch
             while not self._finished(run) and not (plan.max_epochs is not None and progress.epoch >= plan.max_epochs):
+                reload_if_due(run, progress.epoch - first)
                 self._train_epoch(run, automatic or training_step)
                 metrics.reduce_epoch()
                 run.call("on_train_epoch_end")
@@ -303,7 +319,8 @@ class Trainer(TrainerState):
     def _finished(self, run: Run) -> bool:
         plan = run.plan
         done = plan.steps_left <= 0 or 0 <= self.max_steps <= self.progress.global_step
-        return done or self.should_stop or plan.batches == 0
+        stopped = self.should_stop and self.options.may_stop(self.progress.epoch, self.progress.global_step)
+        return done or stopped or plan.batches == 0
 
     def _look_at(self, run: Run, checks: dict[str, float]) -> None:
         """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
@@ -320,12 +337,13 @@ class Trainer(TrainerState):
         return progress.is_last_batch if every is None else (progress.batch_idx + 1) % every == 0
 
 
-def _with_progress_bar(callbacks: Any, enabled: bool) -> list[Callback]:
+def _callbacks(callbacks: Any, options: Options, bar: bool) -> list[Callback]:
     given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     for callback in given:
         if not isinstance(callback, Callback):
             fix = "class MyCallback(xtrain.Callback): ..."
             raise ConfigurationError(explain("callbacks derived from xtrain.Callback", type(callback).__name__, fix))
-    if enabled and not any(isinstance(c, ProgressBar) for c in given):
+    given += options.callbacks()
+    if bar and not any(isinstance(c, ProgressBar) for c in given):
         given.append(ProgressBar())
     return given

@@ -4,6 +4,7 @@ from xtrain.callbacks.base import Callback as Callback
 from xtrain.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from xtrain.callbacks.lambda_function import LambdaCallback as LambdaCallback
 from xtrain.callbacks.learning_rate import LearningRateMonitor as LearningRateMonitor
+from xtrain.callbacks.profiler import Profiler as Profiler
 from xtrain.callbacks.progress import ProgressBar as ProgressBar
 from xtrain.callbacks.summary import ModelSummary as ModelSummary
 from xtrain.callbacks.timer import Timer as Timer
@@ -17,6 +18,7 @@ __all__ = [
     "LambdaCallback",
     "LearningRateMonitor",
     "ModelSummary",
+    "Profiler",
     "ProgressBar",
     "Timer",
     "WeightAveraging",

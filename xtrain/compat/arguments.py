@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtrain.errors import ConfigurationError
+from xtrain.run.options import OptionArguments
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,10 @@ class Argument:
 ANY: Any = object()
 
 ARGUMENTS: dict[str, Argument] = {
-    "barebones": Argument((None, False), "Trainer(logger=None, enable_progress_bar=False, num_sanity_val_steps=0)"),
-    "benchmark": Argument((None, False), "torch.backends.cudnn.benchmark = True"),
-    "detect_anomaly": Argument((None, False), "with torch.autograd.detect_anomaly(): trainer.fit(...)"),
-    "deterministic": Argument((None, False), "torch.use_deterministic_algorithms(True) and seed_everything(...)"),
     "enable_autolog_hparams": Argument((None, True), "self.save_hyperparameters(logger=False)"),
     "enable_checkpointing": Argument((None, False), "torch.save(module.state_dict(), path)"),
-    "enable_model_summary": Argument((ANY,), "nothing: no summary is printed"),
-    "max_time": Argument((None,), "trainer.should_stop = True in on_train_batch_end"),
-    "min_epochs": Argument((None, 0), "trainer.should_stop = True no earlier than wanted"),
-    "min_steps": Argument((None, 0), "trainer.should_stop = True no earlier than wanted"),
     "model_registry": Argument((None,), "a path of a file"),
-    "num_nodes": Argument((None, 1), "torchrun --nnodes=2 ..., see docs/launch.md"),
-    "overfit_batches": Argument((None, 0, 0.0), "Trainer(limit_train_batches=...) and a loader that does not shuffle"),
     "plugins": Argument((None, (), []), "precision=..., backend_options={...}; launchers are found by themselves"),
-    "profiler": Argument((None,), "with torch.profiler.profile(): trainer.fit(...)"),
-    "reload_dataloaders_every_n_epochs": Argument((None, 0), "a loader whose __iter__ makes its data anew"),
-    "sync_batchnorm": Argument((None, False), "torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) in __init__"),
-    "use_distributed_sampler": Argument((None, True), "a sampler that is distributed already stays as it is"),
 }
 
 
@@ -69,7 +56,9 @@ def check_arguments(given: Mapping[str, Any], trainer: type) -> None:
 def _refused(name: str, value: Any, trainer: type) -> str | None:
     argument = ARGUMENTS.get(name)
     if argument is None:
-        close = difflib.get_close_matches(name, [*inspect.signature(trainer).parameters, *ARGUMENTS], 1)
+        close = difflib.get_close_matches(
+            name, [*inspect.signature(trainer).parameters, *OptionArguments.__annotations__, *ARGUMENTS], 1
+        )
         meant = f"; did you mean {close[0]}?" if close else ""
         return f"leave {name}={value!r:.60} out{meant}"
     if ANY in argument.harmless or any(value is each or value == each for each in argument.harmless):

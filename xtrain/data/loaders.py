@@ -8,7 +8,7 @@ from typing import Any
 from xtrain.collectives import Collectives
 from xtrain.data.batches import empty_loader, size_of
 from xtrain.data.combined import as_loaders, combined
-from xtrain.data.sharding import shard_loader
+from xtrain.data.sharding import shard_loader, unshuffled
 from xtrain.errors import ConfigurationError, explain
 
 # By stage: the method that gives the loaders, and their name in messages.
@@ -20,7 +20,7 @@ _SOURCES = {
 }
 
 
-def read_loaders(stage: str, given: Any, owners: Iterable[Any], ranks: Collectives) -> list[Any]:
+def read_loaders(stage: str, given: Any, owners: Iterable[Any], ranks: Collectives, shuffles: bool = True) -> list[Any]:
     """Return the loaders of `stage`, each checked and split over the ranks; none if nobody gives one.
 
     Args:
@@ -28,6 +28,7 @@ def read_loaders(stage: str, given: Any, owners: Iterable[Any], ranks: Collectiv
         given: what the user passed to the Trainer; what an owner returns is taken if it is None.
         owners: DataModule and module; the first whose method returns something gives the loaders.
         ranks: the processes of the run.
+        shuffles: False takes the order of its dataset from a loader that would shuffle.
 
     Raises:
         ConfigurationError: for something that cannot be iterated over, or is known to be empty.
@@ -42,6 +43,7 @@ def read_loaders(stage: str, given: Any, owners: Iterable[Any], ranks: Collectiv
     found = [combined(given)] if stage == "fit" else as_loaders(given)
     for loader in found:
         _check_loader(loader, stage)
+    found = found if shuffles else [unshuffled(loader) for loader in found]
     return [shard_loader(loader, ranks, evaluation=stage != "fit") for loader in found]
 
 

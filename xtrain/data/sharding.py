@@ -93,6 +93,18 @@ def _rebuilt(loader: DataLoader[Any], **changed: Any) -> Any:
         raise ConfigurationError(explain(f"{name} to take DataLoader's arguments", str(error), fix)) from error
 
 
+def unshuffled(loader: Any) -> Any:
+    """Return `loader` reading in the order of its dataset, if it is a DataLoader that shuffles."""
+    if isinstance(loader, TogetherLoader):
+        return TogetherLoader(loader.combined.mapped(unshuffled))
+    batches = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or type(getattr(batches, "sampler", loader.sampler)) is not RandomSampler:
+        return loader
+    if batches is None:
+        return _rebuilt(loader, batch_size=None, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
+    return _rebuilt(loader, shuffle=False, batch_size=batches.batch_size, drop_last=batches.drop_last)
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell every part of `loader` that asks for it which epoch begins."""
     combined = getattr(loader, "combined", None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 from xtrain.data.batches import empty_loader, limited, nothing_left, size_of
-from xtrain.data.loaders import read_loaders
 from xtrain.data.sharding import common_size
 from xtrain.errors import ConfigurationError, explain
 from xtrain.hooks import is_overridden
@@ -28,7 +28,7 @@ def plan_fit(run: Run, train: Any, val: Any, steps: int | None) -> FitPlan:
         ConfigurationError: for an empty loader, a limit that does not fit it, or no end in sight.
     """
     trainer, ranks = run.trainer, run.backend.collectives
-    loader = next(iter(read_loaders("fit", train, (run.datamodule, run.module), ranks)), None)
+    loader = next(iter(run.read_loaders("fit", train)), None)
     if loader is None and steps is None and trainer.max_steps < 0 and trainer.limit_train_batches is None:
         fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
         raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
@@ -55,7 +55,16 @@ def plan_fit(run: Run, train: Any, val: Any, steps: int | None) -> FitPlan:
         steps_left=math.inf if steps is None else steps,
         val_every=_validation_interval(trainer, batches) if val_loaders else None,
         sanity_batches=_sanity_batches(trainer),
+        again=partial(plan_fit, run, train, val, steps),
     )
+
+
+def reload_if_due(run: Run, epochs: int) -> None:
+    """Ask for the loaders again, as ``reload_dataloaders_every_n_epochs`` says, after so many epochs of a fit."""
+    every, old = run.trainer.options.reload_dataloaders_every_n_epochs, run.plan
+    if every and epochs and epochs % every == 0 and old.again is not None:
+        run.plan = old.again()
+        run.plan.steps_left = old.steps_left
 
 
 def _warn_if_done(trainer: TrainerState, max_epochs: int | None) -> None:
@@ -70,7 +79,7 @@ def _warn_if_done(trainer: TrainerState, max_epochs: int | None) -> None:
 def _validation_loaders(run: Run, val: Any) -> list[Any]:
     if run.trainer.limit_val_batches == 0:
         return []
-    found = read_loaders("validate", val, (run.datamodule, run.module), run.backend.collectives)
+    found = run.read_loaders("validate", val)
     if found and not is_overridden("validation_step", run.module, LightningModule):
         warnings.warn("There are validation loaders, but no validation_step: nothing is validated.", stacklevel=2)
         return []

@@ -19,6 +19,7 @@ from xtrain.module import LightningModule
 from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
 from xtrain.run.state import FitPlan, Run, TrainerState
+from xtrain.run.switches import in_effect
 from xtrain.stages import TrainerFn
 
 
@@ -58,6 +59,7 @@ def started_run(
         if datamodule is not None:
             clean_up.callback(datamodule.teardown, run.called)
         try:
+            clean_up.enter_context(in_effect(run))
             _set_up(run, plan)
             clean_up.callback(run.life.toggles.clear)
             for guard in run.life.guard():

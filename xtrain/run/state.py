@@ -20,6 +20,7 @@ from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend
 from xtrain.data.batches import with_last
 from xtrain.data.datamodule import LightningDataModule
+from xtrain.data.loaders import read_loaders
 from xtrain.data.sharding import agreed, repeat_last, set_epoch
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import own_rank
@@ -28,6 +29,7 @@ from xtrain.loggers.base import Logger, show_images
 from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.precision import Precision
+from xtrain.run.options import Options
 from xtrain.stages import TrainerFn
 
 T = TypeVar("T")
@@ -69,6 +71,7 @@ class FitPlan:
         sanity_batches: validation batches per loader before training.
         ranks: the processes that read together.
         uneven: see ``Trainer(uneven_batches=...)``.
+        again: asks for the loaders again.
     """
 
     loader: Any = None
@@ -81,6 +84,7 @@ class FitPlan:
     sanity_batches: int | float | None = 0
     ranks: Collectives = field(default_factory=Collectives)
     uneven: str = "drop"
+    again: Callable[[], FitPlan] | None = None
 
     def epoch(self, number: int) -> Iterator[tuple[Any, bool]]:
         """Yield ``(batch, is_last)`` for the epoch `number`, equally often on every rank."""
@@ -132,6 +136,13 @@ class Run:
     active: bool = True
     failed: bool = False
 
+    def read_loaders(self, stage: str, given: Any) -> list[Any]:
+        """Return the loaders of `stage` for this rank; see `xtrain.data.loaders.read_loaders`."""
+        options = self.trainer.options
+        ranks = self.backend.collectives if options.use_distributed_sampler else Collectives()
+        shuffles = not (options.overfit_batches and stage in ("fit", "validate"))
+        return read_loaders(stage, given, (self.datamodule, self.module), ranks, shuffles)
+
     @property
     def backend(self) -> Backend:
         """The backend of the Trainer."""
@@ -172,6 +183,7 @@ class TrainerState(LightningAttributes):
     log_every_n_steps: int
     nonfinite_loss: str
     inference_mode: bool
+    options: Options
 
     # What it comes to.
     progress: Progress
