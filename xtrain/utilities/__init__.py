@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from typing import Any
+from warnings import warn  # not the module: this package has one of that name, Lightning's
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def rank_zero_info(*values: Any) -> None:
 @rank_zero_only
 def rank_zero_warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 4) -> None:
     """Warn on rank 0."""
-    warnings.warn(message, category, stacklevel=stacklevel)
+    warn(message, category, stacklevel=stacklevel)
 
 
 def rank_zero_deprecation(message: str, stacklevel: int = 5) -> None:
