@@ -1,6 +1,8 @@
 """What the tests of several processes run on every rank: each job returns plain values, for the test to judge."""
 
 import random
+import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -256,3 +258,24 @@ def line_search(world_size, rank):
     module = LineSearch()
     make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, [ROWS[rank::world_size]] * 2)
     return module.weight.detach().clone()
+
+
+class Prepares(Gan):
+    """Writes a file, slowly, and looks for it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = Path(path)
+
+    def prepare_data(self):
+        time.sleep(2)
+        self.path.touch()
+
+    def setup(self, stage):
+        self.found = self.path.exists()
+
+
+def prepared(path, world_size, rank):
+    module = Prepares(path)
+    make_trainer("cpu", "32-true", {}, max_epochs=1).fit(module, batches(1, world_size, rank))
+    return module.found

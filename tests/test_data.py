@@ -107,7 +107,7 @@ def test_loader_of_the_module():
         ({"max_steps": 3}, None, [0, 1, 2], 1),
         ({"max_steps": 2}, 3, [0, 1], 1),
         ({"max_steps": 5, "limit_train_batches": 2}, None, [0, 1, 0, 1, 0], 3),
-        ({"fast_dev_run": 2}, None, [0, 1], 1),
+        ({"fast_dev_run": 2, "max_steps": 9}, None, [0, 1], 1),
         ({"fast_dev_run": True, "max_steps": 9}, None, [0], 1),
     ],
 )
@@ -125,10 +125,22 @@ def test_without_a_loader_the_batch_is_none():
     assert trained(None, Simulation(), steps=2)[0].seen == [(None, False), (None, True)]
 
 
-def test_neither_loader_nor_steps():
+@pytest.mark.parametrize("options", [{}, {"fast_dev_run": True}, {"limit_train_batches": 2}])
+def test_neither_loader_nor_steps(options):
     with pytest.raises(ConfigurationError) as caught:
-        trained(None)
+        trained(None, **options)
     says(caught.value, "trainer.fit(model, steps=1000)")
+
+
+def test_a_batch_of_none_trains_nothing_and_is_told():
+    class Ends(Small):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.seen.append((outputs, batch is None))
+
+    with pytest.warns(UserWarning, match="None, which trains nothing"):
+        module, run = trained([rows(2), None, rows(2), None], Ends())
+    assert module.seen == [0, ({}, False), ({}, True), 2, ({}, False), ({}, True)]
+    assert run.global_step == 2
 
 
 # ---------------------------------------------------------------- what a step gets

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
-from small import loader, net, rows, trainer
+from small import loader, net, rows, says, trainer
 
-from xtrain import LightningModule
+from xtrain import LightningModule, ProtocolError
 from xtrain.callbacks import Callback
 from xtrain.hooks import ModuleHooks
 
@@ -23,13 +24,14 @@ def both(*names: str) -> list[str]:
 TRANSFER = ["m before_batch_transfer", "m transfer_batch_to_device", "m after_batch_transfer"]
 START = ["m prepare_data", *both("setup"), "m configure_model"]
 END = both("teardown")
-GRADIENT = both("before_backward", "after_backward")
+GRADIENT = [*both("before_backward"), "m backward", *both("after_backward")]
 
 
 def evaluation(name: str, batches: int = 1) -> list[str]:
     batch = [*TRANSFER, *both(f"{name}_batch_start"), f"m {name}_step", *both(f"{name}_batch_end")]
-    around = both(f"{name}_start", f"{name}_epoch_start"), both(f"{name}_epoch_end", f"{name}_end")
-    return [*around[0], *batch * batches, *around[1]]
+    before = [f"m {name}_model_eval", *both(f"{name}_start", f"{name}_epoch_start")]
+    after = [*both(f"{name}_epoch_end", f"{name}_end"), *([f"m {name}_model_train"] if name != "predict" else [])]
+    return [*before, *batch * batches, *after]
 
 
 def fitting(batches: list[list[str]]) -> list[str]:
@@ -39,7 +41,8 @@ def fitting(batches: list[list[str]]) -> list[str]:
     ]
     return [
         *(*START, "m configure_optimizers", *both("fit_start"), *sanity, *both("train_start", "train_epoch_start")),
-        *(*epoch, *evaluation("validation"), *both("train_epoch_end", "train_end", "fit_end"), *END),
+        *(*epoch, "m validation_model_zero_grad", *evaluation("validation")),
+        *(*both("train_epoch_end", "train_end", "fit_end"), *END),
     ]
 
 
@@ -67,15 +70,12 @@ def as_xtrain(mode: str) -> list[str]:
       calls that hook in automatic optimization only.
     * ``optimizer_zero_grad`` calls ``opt.zero_grad()``, and that calls ``on_before_zero_grad``: the
       overridable method comes first, so a module that replaces it decides about the hook too.
-    * Schedulers of interval "epoch" step after ``on_train_epoch_end``, where the epoch is over and all
-      its metrics exist; Lightning steps them inside the last batch unless they watch a metric.
     """
     order = list(LIGHTNING[mode])
     if mode == "manual":
         return insert_after(order, "m training_step", both("before_zero_grad"))
     if mode in ("automatic", "accumulating"):
-        order = [name for name in order if name not in ("m lr_scheduler_step", "m optimizer_zero_grad")]
-        order.insert(order.index("m train_epoch_end") + 1, "m lr_scheduler_step")
+        order = [name for name in order if name != "m optimizer_zero_grad"]
         return insert_before(order, "c before_zero_grad", ["m optimizer_zero_grad"])
     return order
 
@@ -143,7 +143,7 @@ class Base(LightningModule):
 class Module(Base):
     own = [
         *("training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "optimizer_step"),
-        *("optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
+        *("optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step", "backward"),
     ]
 
 
@@ -204,7 +204,8 @@ def test_what_hooks_get():
 
     class Arguments(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            log.append(("train", trainer, module, outputs, batch.shape, batch_idx))
+            assert not any(t.requires_grad for t in (outputs["loss"], outputs["note"][1]))
+            log.append(("train", trainer, module, outputs["note"][0], batch.shape, batch_idx))
 
         def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
             log.append(("validate", outputs, batch_idx, dataloader_idx))
@@ -218,7 +219,7 @@ def test_what_hooks_get():
     class Answering(Base):
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
-            return "trained"
+            return {"loss": self.net(batch).mean(), "note": ["kept", self.net(batch)]}
 
         def validation_step(self, batch, batch_idx, dataloader_idx):
             return f"validated {dataloader_idx}"
@@ -229,11 +230,117 @@ def test_what_hooks_get():
     assert log == [
         ("loss", 0),
         ("step", True),
-        ("train", run, module, "trained", (2, 3), 0),
+        ("train", run, module, "kept", (2, 3), 0),
         ("validate", "validated 0", 0, 0),
         ("validate", "validated 1", 0, 1),
         ("validate", "validated 1", 1, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "returned", "every", "expected"),
+    [
+        ("manual", None, 1, {}),
+        ("manual", torch.tensor(2.0), 1, {"loss": 2.0}),
+        ("automatic", None, 1, {}),
+        ("automatic", 2.0, 1, {"loss": 2.0}),
+        ("automatic", {"loss": 2.0}, 2, {"loss": 1.0}),
+    ],
+)
+def test_outputs_after_a_batch_are_a_detached_dict(kind, returned, every, expected):
+    """As Lightning's: with the loss under its name, divided as it was for the backward."""
+    log = []
+
+    class Returning(Base):
+        def training_step(self, batch, batch_idx):
+            if kind == "manual" or returned is None:
+                return returned
+            loss = self.net(batch).sum() * 0 + 2.0
+            return {"loss": loss} if isinstance(returned, dict) else loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert not any(value.requires_grad for value in outputs.values())
+            log.append({name: value.item() for name, value in outputs.items()})
+
+    trainer(accumulate_grad_batches=every).fit(Returning([], kind == "manual"), loader(2))
+    assert log == [expected] * 2
+
+
+def test_a_module_that_changes_the_modes_of_its_layers():
+    log = []
+
+    class Frozen(Base):
+        def __init__(self):
+            super().__init__([], True)
+            self.norm = torch.nn.BatchNorm1d(3)
+
+        def on_validation_model_eval(self):
+            super().on_validation_model_eval()
+            self.norm.train()
+
+        def on_validation_model_train(self):
+            self.net.train()
+
+        def validation_step(self, batch, batch_idx):
+            log.append((self.net.training, self.norm.training))
+
+    module = Frozen()
+    module.eval()
+    trainer(num_sanity_val_steps=0).fit(module, loader(1), loader(1))
+    assert log == [(False, True)]
+    assert (module.net.training, module.norm.training) == (True, True)
+
+
+def test_gradients_outlive_validation_unless_the_module_drops_them():
+    class Keeping(Base):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.net(batch).mean())
+
+        def validation_step(self, batch, batch_idx):
+            self.kept = self.net.weight.grad is not None
+
+    class Dropping(Keeping):
+        def on_validation_model_zero_grad(self):
+            super().on_validation_model_zero_grad()
+
+    for kind, kept in ((Keeping, True), (Dropping, False)):
+        module = kind([], True)
+        trainer(num_sanity_val_steps=0).fit(module, loader(1), loader(1))
+        assert module.kept is kept
+
+
+@pytest.mark.parametrize("manual", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_backward_of_the_modules_own(manual, precision):
+    """It is called with the loss, once per backward, and what it does is what trains."""
+
+    class Doubling(Base):
+        def backward(self, loss, *args, **kwargs):
+            log.append(loss.dim())
+            super().backward(loss * 2, *args, **kwargs)
+
+    log, weights = [], []
+    scaling = {"scaler_kwargs": {"init_scale": 4.0}} if precision == "16-mixed" else {}
+    for kind, lr in ((Doubling, 0.1), (Base, 0.2)):
+        module = kind([], manual)
+        module.net.load_state_dict(net().state_dict())
+        module.clip_gradients = lambda *args, **kwargs: None
+        module.configure_optimizers = partial(torch.optim.SGD, module.parameters(), lr=lr)
+        trainer(precision=precision, **scaling).fit(module, loader(3))
+        weights.append(module.net.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    assert log == [0, 0, 0]
+
+
+def test_a_backward_that_goes_around_the_loss_scale_is_refused():
+    class Around(Base):
+        def backward(self, loss):
+            loss.backward()
+
+    with pytest.raises(ProtocolError) as caught:
+        trainer(precision="16-mixed").fit(Around([], True), loader(1))
+    says(caught.value, "manual_backward")
+    trainer().fit(Around([], True), loader(1))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import isfunction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,6 +18,7 @@ from xtrain.tensors import map_tensors, moved
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 class BatchHooks:
@@ -93,6 +94,30 @@ class ModuleHooks(BatchHooks):
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """After a validation step."""
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Before validation inside of a fit; gradients stay unless it is overridden. What it does here: drop them."""
+        _as_module(self).zero_grad()
+
+    def on_validation_model_eval(self) -> None:
+        """Put the layers in eval mode before validation."""
+        _as_module(self).eval()
+
+    def on_validation_model_train(self) -> None:
+        """After validation, in place of giving every layer back the mode it had; what it does here: train mode."""
+        _as_module(self).train()
+
+    def on_test_model_eval(self) -> None:
+        """Put the layers in eval mode before testing."""
+        _as_module(self).eval()
+
+    def on_test_model_train(self) -> None:
+        """After testing, in place of giving every layer back the mode it had; what it does here: train mode."""
+        _as_module(self).train()
+
+    def on_predict_model_eval(self) -> None:
+        """Put the layers in eval mode before prediction."""
+        _as_module(self).eval()
+
     def on_test_start(self) -> None:
         """Before testing."""
 
@@ -140,6 +165,10 @@ class ModuleHooks(BatchHooks):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Before the raw `optimizer` steps; its gradients are averaged and unscaled."""
+
+
+def _as_module(hooks: ModuleHooks) -> nn.Module:
+    return cast("nn.Module", hooks)
 
 
 def is_overridden(name: str, owner: object, base: type) -> bool:

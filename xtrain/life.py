@@ -42,7 +42,9 @@ class GradientLife:
         self.toggles = ToggleStack(self.optimizers)
         self.stepped = False
         self.lost: str | None = None  # what a gradient misses that only a backend could complete
+        self.counter: Any = None  # the progress of a Trainer whose global_step counts every step
         self.in_backward = False
+        self.override: Callable[..., None] | None = None  # the module's own backward
         self.last_loss: Tensor | None = None
         self._asynchronous = backend.capabilities.asynchronous
         self._nonfinite_loss = nonfinite_loss
@@ -67,7 +69,7 @@ class GradientLife:
             hook(loss)
         finalized = [o for o in self.optimizers if o.phase is Phase.FINALIZED] if self.lost is not None else []
         versions = [self.backend.gradient_versions(optimizer) for optimizer in finalized]
-        self.in_backward = True
+        self.in_backward = self.override is None
         try:
             yield
         except RuntimeError as error:
@@ -87,6 +89,19 @@ class GradientLife:
                 optimizer.seen = None if self.lost is None else Seen(self.backend, optimizer)
         for hook in self.hooks["on_after_backward"]:
             hook()
+
+    def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backend's backward, for a module that overrides its own."""
+        outer, self.in_backward = self.in_backward, True
+        try:
+            self.backend.backward(loss, *args, **kwargs)
+        finally:
+            self.in_backward = outer
+
+    def count(self) -> None:
+        """Count a step of an optimizer, where every one counts."""
+        if self.counter is not None:
+            self.counter.global_step += 1
 
     def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:
         if not isinstance(loss, Tensor):

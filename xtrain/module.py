@@ -78,21 +78,21 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
 
     # ---------------------------------------------------------------- what the user defines
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch. In automatic optimization return the loss, or a dict with ``"loss"``."""
         raise _undefined(self, "training_step")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one validation batch, without gradients."""
         raise _undefined(self, "validation_step")
 
-    def test_step(self, batch: Any, batch_idx: int) -> Any:
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one test batch, without gradients."""
         raise _undefined(self, "test_step")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return the prediction for one batch; the default calls the module on it."""
-        return self(batch)
+        return self(kwargs["batch"] if "batch" in kwargs else args[0])
 
     def configure_optimizers(self) -> Any:
         """Return the optimizers, in any of the forms listed in `xtrain.configure.ACCEPTED_FORMS`."""
@@ -236,7 +236,16 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
                 )
             )
         with life.backward(loss, bool(args) or "gradient" in kwargs):
-            life.backend.backward(loss, *args, **kwargs)
+            (life.override or life.backend.backward)(loss, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass of `manual_backward` or of automatic optimization; override it to change how.
+
+        Example:
+            >>> def backward(self, loss, *args, **kwargs):
+            ...     super().backward(loss, *args, retain_graph=True, **kwargs)
+        """
+        self._active("backward").run_backward(loss, *args, **kwargs)
 
     def clip_gradients(
         self,

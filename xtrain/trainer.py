@@ -1,9 +1,9 @@
-"""`Trainer`, and the loop: read `Trainer.fit`, `_train` and `_train_epoch` from top to bottom."""
+"""`Trainer`: its settings and what users call; the loop is in `xtrain.run.training`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from xtrain.compat.backends import read_backend
 from xtrain.compat.environment import environment_defaults
 from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
-from xtrain.data.batches import empty_loader
 from xtrain.data.datamodule import LightningDataModule
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import resolve
@@ -26,12 +25,12 @@ from xtrain.loggers import Logger, as_loggers
 from xtrain.loggers.silent import SilentLogger
 from xtrain.module import LightningModule
 from xtrain.registry import make_backend
-from xtrain.run.automatic import AutomaticStep
-from xtrain.run.evaluation import accept_arguments, evaluate
+from xtrain.run.evaluation import evaluate
 from xtrain.run.options import OptionArguments, Options, read_options
-from xtrain.run.plan import plan_fit, reload_if_due
+from xtrain.run.plan import plan_fit
 from xtrain.run.setup import started_run
-from xtrain.run.state import Progress, Run, TrainerState
+from xtrain.run.state import Progress, TrainerState
+from xtrain.run.training import train
 
 
 class Trainer(TrainerState):
@@ -48,7 +47,9 @@ class Trainer(TrainerState):
         accelerator: Lightning's spelling of the backend, understood for modules that move over.
         strategy: Lightning's spelling of how it is distributed.
         max_epochs: epochs to train; -1 is unlimited. Default: 1000, or unlimited if `max_steps` is given.
-        max_steps: stop after so many training steps in which an optimizer stepped; -1 is unlimited.
+        max_steps: stop at this `global_step`; -1 is unlimited.
+        step_counting: what `global_step` counts: ``"training"`` steps in which an optimizer stepped, or every call
+            of an optimizer's ``step``, at once (``"optimizer"``, as Lightning does).
         limit_train_batches: batches per epoch, as a number or a fraction; so do the other limits.
         limit_val_batches: of validation, as for training.
         limit_test_batches: of testing.
@@ -96,6 +97,7 @@ class Trainer(TrainerState):
         strategy: str | Strategy | None = None,
         max_epochs: int | None = None,
         max_steps: int = -1,
+        step_counting: str = "training",
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
@@ -129,6 +131,7 @@ class Trainer(TrainerState):
         self.backend.precision, self.backend.scaler_kwargs = self.precision, scaler_kwargs
         self.backend.devices = count
         self._read_ends(fast_dev_run, max_epochs, max_steps)
+        self.step_counting = check_choice("step_counting", str(step_counting), "training", "optimizer")
         self._read_limits(limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches)
         self._read_validation(num_sanity_val_steps, check_val_every_n_epoch, val_check_interval)
         self.uneven_batches = check_choice("uneven_batches", str(uneven_batches), "drop", "finish")
@@ -156,7 +159,7 @@ class Trainer(TrainerState):
         self.max_epochs = check_count("max_epochs", max_epochs, -1)
         self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
         if fast_dev_run:
-            self.max_epochs, self.max_steps = 1, -1
+            self.max_epochs, self.max_steps = 1, -1 if self.max_steps < 0 else max(self.max_steps, int(fast_dev_run))
 
     def _read_limits(self, train: Any, val: Any, test: Any, predict: Any) -> None:
         quick = int(self.fast_dev_run)
@@ -210,7 +213,7 @@ class Trainer(TrainerState):
         check_count("steps", steps, 1)
         plan = partial(plan_fit, train=train_dataloaders, val=val_dataloaders, steps=steps)
         with started_run(self, "fit", model, datamodule, plan) as run:
-            self._train(run)
+            train(run)
 
     def validate(
         self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
@@ -254,87 +257,6 @@ class Trainer(TrainerState):
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
             run.loaders[stage] = found
             return evaluate(run, stage, found)
-
-    # ---------------------------------------------------------------- the loop
-
-    def _train(self, run: Run) -> None:
-        progress, plan, metrics = self.progress, run.plan, run.metrics
-        training_step = accept_arguments(run.module.training_step, 2)
-        automatic = AutomaticStep(run, training_step) if run.module.automatic_optimization else None
-        run.call("on_fit_start")
-        if plan.val_loaders and plan.sanity_batches != 0:
-            run.call("on_sanity_check_start")
-            evaluate(run, "sanity", plan.val_loaders)
-            run.call("on_sanity_check_end")
-        with metrics.stage("train"):
-            run.call("on_train_start")
-            first = progress.epoch
-            while not self._finished(run) and not (plan.max_epochs is not None and progress.epoch >= plan.max_epochs):
-                reload_if_due(run, progress.epoch - first)
-                self._train_epoch(run, automatic or training_step)
-                metrics.reduce_epoch()
-                run.call("on_train_epoch_end")
-                metrics.send_epoch(progress.global_step, progress.epoch)
-                if automatic is not None:
-                    automatic.step_schedulers("epoch", progress.epoch + 1)
-                progress.epoch += 1
-            self._look_at(run, metrics.flush(progress.global_step, progress.epoch))
-        run.call("on_train_end")
-        run.call("on_fit_end")
-
-    def _train_epoch(self, run: Run, training_step: Callable[[Any, int], Any]) -> None:
-        backend, metrics, life, plan, progress = self.backend, run.metrics, run.life, run.plan, self.progress
-        at_start, at_end = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
-        run.call("on_train_epoch_start")
-        progress.batch_idx, progress.first_batch = -1, progress.batches
-        for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
-            progress.batch_idx, progress.is_last_batch = index, last
-            batch = run.transfer(batch, 0)
-            metrics.set_batch(batch)
-            if at_start and -1 in run.call("on_train_batch_start", batch, index):
-                break
-            metrics.hook("training_step")
-            with backend.forward_context():
-                outputs = training_step(batch, index)
-            backend.step_boundary()
-            if life.stepped:
-                progress.global_step += 1
-                life.stepped = False
-            if at_end:
-                run.call("on_train_batch_end", outputs, batch, index)
-            if life.last_loss is not None:
-                metrics.checks["loss"] = life.last_loss
-            checks = metrics.flush_step(progress.global_step, progress.epoch)
-            if checks:
-                self._look_at(run, checks)
-            progress.batches += 1
-            if plan.val_loaders and self._validation_due(run):
-                evaluate(run, "validate", plan.val_loaders)
-            plan.steps_left -= 1
-            if self._finished(run):
-                break
-        if progress.batch_idx < 0:
-            raise empty_loader("training")
-
-    def _finished(self, run: Run) -> bool:
-        plan = run.plan
-        done = plan.steps_left <= 0 or 0 <= self.max_steps <= self.progress.global_step
-        stopped = self.should_stop and self.options.may_stop(self.progress.epoch, self.progress.global_step)
-        return done or stopped or plan.batches == 0
-
-    def _look_at(self, run: Run, checks: dict[str, float]) -> None:
-        """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
-        if "loss" in checks:
-            run.life.check_finite(checks["loss"])
-
-    def _validation_due(self, run: Run) -> bool:
-        """Return whether validation follows the training batch that just ended."""
-        every, epochs, progress = run.plan.val_every, self.check_val_every_n_epoch, self.progress
-        if epochs is None:  # batches are counted across epochs
-            return progress.batches % (every or 1) == 0
-        if (progress.epoch + 1) % epochs:
-            return False
-        return progress.is_last_batch if every is None else (progress.batch_idx + 1) % every == 0
 
 
 def _callbacks(callbacks: Any, options: Options, bar: bool) -> list[Callback]:

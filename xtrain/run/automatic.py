@@ -8,9 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from xtrain.configure import LRSchedulerConfig
-from xtrain.errors import ConfigurationError, explain
+from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.module import LightningModule
+from xtrain.optimizer import LightningOptimizer
 from xtrain.run.state import Run
+
+_NOT_RUN: Any = object()
+_CLOSURE = "def optimizer_step(self, epoch, batch_idx, optimizer, closure): optimizer.step(closure=closure)"
 
 
 class AutomaticStep:
@@ -31,10 +35,22 @@ class AutomaticStep:
 
     def __call__(self, batch: Any, batch_idx: int) -> Any:
         """Train on one batch; returns what the user's step returned."""
-        trainer = self._trainer
         if not self._life.optimizers:
             return self._training_step(batch, batch_idx)
-        outputs: Any = None
+        steps = self._optimizer.step_count
+        try:
+            outputs = self._train_on(batch, batch_idx)
+        except _SkipBatchError:
+            outputs = None
+        if self._optimizer.step_count > steps:  # a step skipped by the loss scaler moves no schedule
+            self._step_schedulers("step", self._optimizer.step_count, (False, True))
+        if self._run.at_end_of_epoch:  # before validation, but those that watch a metric after it
+            self._step_schedulers("epoch", self._trainer.current_epoch + 1, (False,))
+        return outputs
+
+    def _train_on(self, batch: Any, batch_idx: int) -> Any:
+        trainer, optimizer = self._trainer, self._optimizer
+        outputs: Any = _NOT_RUN
 
         def closure() -> Any:
             nonlocal outputs
@@ -46,34 +62,40 @@ class AutomaticStep:
                 self._module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
             loss_of_batch = loss / trainer.accumulate_grad_batches
             with self._life.backward(loss_of_batch):
-                self._life.backend.backward(loss_of_batch)
+                (self._life.override or self._life.backend.backward)(loss_of_batch)
             return loss
 
-        optimizer = self._life.optimizers[0]
-        try:
-            if self._window + 1 < trainer.accumulate_grad_batches and not trainer.is_last_batch:
-                closure()
-                self._window += 1
-                return outputs
-            steps = optimizer.step_count
+        if self._window + 1 < trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            closure()
+            self._window += 1
+        else:
             self._module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
-        except _SkipBatchError:
-            return None
-        self._window = 0
-        if optimizer.step_count > steps:  # a step skipped by the loss scaler moves no schedule
-            self.step_schedulers("step", optimizer.step_count)
+            self._window = 0
+        if outputs is _NOT_RUN:
+            raise ProtocolError(explain("optimizer_step to run its closure, which trains", "no call of it", _CLOSURE))
         return outputs
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
+        return self._life.optimizers[0]  # type: ignore[no-any-return]
 
     def _clip(self, optimizer: Any) -> None:
         trainer = self._trainer
-        self._module.configure_gradient_clipping(
-            optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
-        )
+        self._module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
-    def step_schedulers(self, interval: str, count: int) -> None:
-        """Step the schedulers of `interval` whose frequency divides `count`."""
+    def end_epoch(self, skipped: bool) -> None:
+        """Step the schedules that follow the hooks of an epoch's end, unless the epoch was left in its middle.
+
+        Args:
+            skipped: a hook skipped the rest of the epoch, which ended it by that.
+        """
+        if skipped or self._run.at_end_of_epoch:
+            self._step_schedulers("epoch", self._trainer.current_epoch + 1, (False, True) if skipped else (True,))
+
+    def _step_schedulers(self, interval: str, count: int, watching: tuple[bool, ...]) -> None:
+        """Step the schedulers of `interval` whose frequency divides `count`: those that watch a metric, or not."""
         for config in self._run.schedulers:
-            if config.interval == interval and count % config.frequency == 0:
+            if config.interval == interval and count % config.frequency == 0 and config.reduce_on_plateau in watching:
                 metric = self._monitored(config)
                 if metric is not None or not config.reduce_on_plateau:
                     self._module.lr_scheduler_step(config.scheduler, metric)

@@ -33,8 +33,10 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
     name, several = _NAMES[kind], len(loaders) > 1
     limit = run.plan.sanity_batches if stage == "sanity" else getattr(run.trainer, _LIMITS[kind])
     step = accept_arguments(getattr(run.module, f"{name}_step"), 3 if several else 2)
+    if stage == "validate" and run.called == "fit" and not run.accumulating:
+        run.call("on_validation_model_zero_grad")
     metric_stage: Any = stage if stage != "predict" else "idle"
-    with run.metrics.stage(metric_stage), _in_eval_mode(run), _stage(run, stage):
+    with run.metrics.stage(metric_stage), _in_eval_mode(run, name), _stage(run, stage):
         run.call(f"on_{name}_start")
         run.call(f"on_{name}_epoch_start")
         outputs = [_over_loader(run, kind, step, loader, i, several, limit) for i, loader in enumerate(loaders)]
@@ -97,18 +99,23 @@ def _stage(run: Run, stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _in_eval_mode(run: Run) -> Iterator[None]:
-    """Put every submodule in eval mode, and afterwards each one back as it was."""
+def _in_eval_mode(run: Run, name: str) -> Iterator[None]:
+    """Put every submodule in eval mode, and afterwards each one back as it was; the module may do both itself."""
     modes = [(m, m.training) for m in run.module.modules()]
-    run.module.eval()
+    if not run.hooks[f"on_{name}_model_eval"]:
+        run.module.eval()
     faster = run.trainer.inference_mode and run.backend.capabilities.inference_mode
     no_gradients = torch.inference_mode() if faster else torch.no_grad()
     try:
         with no_gradients:
+            run.call(f"on_{name}_model_eval")
             yield
     finally:
-        for submodule, mode in modes:
-            submodule.training = mode
+        if run.hooks.get(f"on_{name}_model_train"):
+            run.call(f"on_{name}_model_train")
+        else:
+            for submodule, mode in modes:
+                submodule.training = mode
 
 
 def accept_arguments(step: Any, count: int) -> Any:

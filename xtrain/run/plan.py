@@ -29,7 +29,7 @@ def plan_fit(run: Run, train: Any, val: Any, steps: int | None) -> FitPlan:
     """
     trainer, ranks = run.trainer, run.backend.collectives
     loader = next(iter(run.read_loaders("fit", train)), None)
-    if loader is None and steps is None and trainer.max_steps < 0 and trainer.limit_train_batches is None:
+    if loader is None and steps is None and trainer.max_steps < 0:
         fix = "trainer.fit(model, steps=1000) or Trainer(max_steps=1000)"
         raise ConfigurationError(explain("a training loader, or a number of steps without one", "neither", fix))
     size = steps if loader is None else common_size(size_of(loader), ranks, trainer.uneven_batches)

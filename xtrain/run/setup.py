@@ -11,7 +11,7 @@ from xtrain.configure import check_monitors, read_optimizers
 from xtrain.contract import Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
-from xtrain.hooks import collect_hooks
+from xtrain.hooks import collect_hooks, is_overridden
 from xtrain.launch.join import fail_as_one
 from xtrain.life import GradientLife
 from xtrain.metrics.log import MetricLog
@@ -96,8 +96,20 @@ def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodul
     )
     trainer.run, trainer.should_stop = run, False
     trainer.last_fit = run if stage == "fit" else trainer.last_fit
-    module.trainer, module._life = trainer, run.life  # type: ignore[assignment]  # a Trainer is all there is
+    run.life.override = module.backward if is_overridden("backward", module, LightningModule) else None
+    run.life.counter = trainer.progress if trainer.step_counting == "optimizer" else None
+    _attach(run)
     return run
+
+
+def _attach(run: Run) -> None:
+    for part in _lightning_modules(run.module):
+        part.trainer, part._life = run.trainer, run.life  # type: ignore[assignment]  # a Trainer is all there is
+
+
+def _lightning_modules(module: LightningModule) -> list[LightningModule]:
+    """Return the module of a run and those inside it, which see the same Trainer and optimizers."""
+    return [part for part in module.modules() if isinstance(part, LightningModule)]
 
 
 def _metrics(trainer: TrainerState) -> MetricLog:
@@ -116,18 +128,21 @@ def _metrics(trainer: TrainerState) -> MetricLog:
 
 
 def _end(run: Run) -> None:
-    run.module._life, run.active = None, False
+    run.active = False
+    for part in _lightning_modules(run.module):
+        part._life = None
     for callback in run.trainer.callbacks:
         callback._metrics = None
 
 
 def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     module = run.module
-    if run.trainer.is_global_zero:
-        module.prepare_data()
-    _set_up_data(run)
+    _prepare_data(run)
+    if run.datamodule is not None:
+        run.datamodule.setup(run.called)
     run.call("setup", run.called)
     module.configure_model()
+    _attach(run)  # the layers that were just made, too
     for logger in run.metrics.loggers if module.hparams and module._log_hparams else ():
         logger.log_hyperparams(module.hparams)
     run.backend.setup_module(module)  # before loaders are asked for: making them may use the module on its device
@@ -136,15 +151,15 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
         _set_up_optimizers(run)
 
 
-def _set_up_data(run: Run) -> None:
-    datamodule = run.datamodule
-    if datamodule is None:
-        return
-    datamodule.trainer = run.trainer
+def _prepare_data(run: Run) -> None:
+    """Let rank 0 download and write files, and everyone wait for it."""
+    if run.datamodule is not None:
+        run.datamodule.trainer = run.trainer
     if run.trainer.is_global_zero:
-        datamodule.prepare_data()
+        for owner in (run.datamodule, run.module):
+            if owner is not None:
+                owner.prepare_data()
     run.backend.collectives.barrier()
-    datamodule.setup(run.called)
 
 
 def _set_up_optimizers(run: Run) -> None:
@@ -167,7 +182,8 @@ def _set_up_optimizers(run: Run) -> None:
     )
     wrapped = run.life.optimizers
     wrapped.extend(LightningOptimizer(optimizer, run.life) for optimizer in optimizers)
-    module._optimizers = wrapped[0] if len(wrapped) == 1 else wrapped
+    for part in _lightning_modules(module):
+        part._optimizers = wrapped[0] if len(wrapped) == 1 else wrapped
     trainer.backend.setup_optimizers(module, wrapped)
 
 

@@ -148,6 +148,18 @@ class Run:
         """The backend of the Trainer."""
         return self.trainer.backend
 
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether the current training batch is the last of a whole epoch."""
+        progress, batches = self.trainer.progress, self.plan.batches
+        return progress.is_last_batch if batches is None else progress.batch_idx + 1 == batches
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether automatic optimization keeps the gradients of the current batch for a later step."""
+        every = self.trainer.accumulate_grad_batches
+        return bool((self.trainer.progress.batch_idx + 1) % every) and not self.trainer.progress.is_last_batch
+
     def call(self, name: str, *arguments: Any) -> list[Any]:
         """Call the overridden hooks `name`: callbacks first, then the module."""
         hooks = self.hooks.get(name)
@@ -169,6 +181,7 @@ class TrainerState(LightningAttributes):
     fast_dev_run: bool | int
     max_epochs: int | None
     max_steps: int
+    step_counting: str
     limit_train_batches: int | float | None
     limit_val_batches: int | float | None
     limit_test_batches: int | float | None

@@ -1,0 +1,113 @@
+"""The loop of a fit: read `train` and `_train_epoch` from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from xtrain.data.batches import empty_loader
+from xtrain.run.automatic import AutomaticStep
+from xtrain.run.batches import BATCH_OF_NONE, detached_outputs, unchanged_random_numbers
+from xtrain.run.evaluation import accept_arguments, evaluate
+from xtrain.run.plan import reload_if_due
+from xtrain.run.state import Run
+
+
+def train(run: Run) -> None:
+    """Train the module of `run` to the ends of its plan."""
+    progress, plan, metrics = run.trainer.progress, run.plan, run.metrics
+    training_step = accept_arguments(run.module.training_step, 2)
+    automatic = AutomaticStep(run, training_step) if run.module.automatic_optimization else None
+    run.call("on_fit_start")
+    if plan.val_loaders and plan.sanity_batches != 0:
+        with unchanged_random_numbers(run.backend):
+            run.call("on_sanity_check_start")
+            evaluate(run, "sanity", plan.val_loaders)
+            run.call("on_sanity_check_end")
+    with metrics.stage("train"):
+        run.call("on_train_start")
+        first = progress.epoch
+        while not _finished(run) and not (plan.max_epochs is not None and progress.epoch >= plan.max_epochs):
+            reload_if_due(run, progress.epoch - first)
+            skipped = _train_epoch(run, automatic or training_step)
+            if progress.batch_idx < 0:
+                raise empty_loader("training")
+            metrics.reduce_epoch()
+            run.call("on_train_epoch_end")
+            metrics.send_epoch(progress.global_step, progress.epoch)
+            if automatic is not None:
+                automatic.end_epoch(skipped)
+            progress.epoch += 1
+        _look_at(run, metrics.flush(progress.global_step, progress.epoch))
+    run.call("on_train_end")
+    run.call("on_fit_end")
+
+
+def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
+    """Train on the batches of one epoch; return whether a hook skipped the rest of it."""
+    trainer, backend, metrics, life, plan = run.trainer, run.backend, run.metrics, run.life, run.plan
+    at_start, at_end = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
+    progress, counted = trainer.progress, int(trainer.step_counting == "training")
+    run.call("on_train_epoch_start")
+    progress.batch_idx, progress.first_batch = -1, progress.batches
+    for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
+        progress.batch_idx, progress.is_last_batch, outputs = index, last, None
+        if batch is None and plan.loader is not None:
+            life.warn_once(BATCH_OF_NONE)
+        else:
+            batch = run.transfer(batch, 0)
+            metrics.set_batch(batch)
+            if at_start and -1 in run.call("on_train_batch_start", batch, index):
+                return True
+            metrics.hook("training_step")
+            with backend.forward_context():
+                outputs = training_step(batch, index)
+            backend.step_boundary()
+        if life.stepped:
+            progress.global_step += counted
+            life.stepped = False
+        if at_end:
+            run.call("on_train_batch_end", detached_outputs(outputs, trainer.accumulate_grad_batches), batch, index)
+        if life.last_loss is not None:
+            metrics.checks["loss"] = life.last_loss
+        checks = metrics.flush_step(progress.global_step, progress.epoch)
+        if checks:
+            _look_at(run, checks)
+        progress.batches += 1
+        if plan.val_loaders and _validation_due(run):
+            evaluate(run, "validate", plan.val_loaders)
+        plan.steps_left -= 1
+        if _finished(run):
+            break
+    return False
+
+
+def _finished(run: Run) -> bool:
+    trainer, plan = run.trainer, run.plan
+    done = plan.steps_left <= 0 or 0 <= trainer.max_steps <= trainer.progress.global_step
+    return done or _stopped(run) or plan.batches == 0
+
+
+def _stopped(run: Run) -> bool:
+    """Return whether somebody has stopped the training, and it has gone on for as long as it was to."""
+    trainer, progress = run.trainer, run.trainer.progress
+    return trainer.should_stop and trainer.options.may_stop(progress.epoch, progress.global_step)
+
+
+def _look_at(run: Run, checks: dict[str, float]) -> None:
+    """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
+    if "loss" in checks:
+        run.life.check_finite(checks["loss"])
+
+
+def _validation_due(run: Run) -> bool:
+    """Return whether validation follows the training batch that just ended."""
+    trainer, progress, every = run.trainer, run.trainer.progress, run.plan.val_every
+    epochs = trainer.check_val_every_n_epoch
+    if epochs is not None and (progress.epoch + 1) % epochs:
+        return False
+    if _stopped(run):  # who stopped the training wants to know what it came to
+        return True
+    if epochs is None:  # batches are counted across epochs
+        return progress.batches % (every or 1) == 0
+    return progress.is_last_batch if every is None else (progress.batch_idx + 1) % every == 0
