@@ -145,7 +145,7 @@ LEGS = {
     "core-oldest-torch": Leg("full", tests=(*_CORE, "tests/backends/test_cpu.py"), usual=3),
     **{name: leg for row in CONFORMANCE for name, leg in row.legs().items()},
     # Graphs and reads counted, replicas, meshes of virtual devices.
-    "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA),
+    "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA, usual=4),
     # Every ZeRO stage, on one process and on two.
     "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED),
     # Recipes of several optimizers in shards on two and four processes, both modes.

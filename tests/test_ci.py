@@ -88,6 +88,13 @@ def test_list_feeds_a_matrix():
     assert set(json.loads(run.stdout)) >= {name for name, leg in LEGS.items() if not leg.needs}
 
 
+def test_every_python_of_the_metadata_is_tested_by_the_hosted_checks():
+    promised = set(re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()))
+    hosted = set(re.findall(r'"(3\.\d+)"', (ROOT / ".github" / "workflows" / "ci.yml").read_text()))
+    assert promised == hosted
+    assert f'requires-python = ">={min(promised, key=lambda v: int(v[2:]))}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_a_leg_for_hardware_is_part_of_everything_where_that_is(monkeypatch, tmp_path):
     import run
 
