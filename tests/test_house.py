@@ -1,6 +1,7 @@
 """The house rules that no linter knows: arrows between folders, cost of an import, sizes, the public surface."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -216,6 +217,16 @@ def test_no_branch_on_a_backend_name(path):
         node for branch in branches(parse(path)) for node in ast.walk(branch) if isinstance(node, ast.Constant)
     ]
     assert [(node.lineno, node.value) for node in constants if node.value in names] == []
+
+
+# ---------------------------------------------------------------- what is installed
+
+
+def test_every_folder_with_code_is_installed():
+    """The installer takes what the list names; a folder that is missing there would be missing in the wheel only."""
+    (listed,) = re.findall(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in CORE + BACKENDS}
+    assert set(re.findall(r'"(.+?)"', listed)) == {re.sub(r"^backends\b", "xtrain_backends", name) for name in folders}
 
 
 # ---------------------------------------------------------------- sizes
