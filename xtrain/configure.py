@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +15,8 @@ from xtrain.optimizer import LightningOptimizer
 
 ACCEPTED_FORMS = (
     "an optimizer; a list or tuple of optimizers; (list of optimizers, list of schedulers); "
-    "a dict with 'optimizer' and optionally 'lr_scheduler'; a list or tuple of such dicts; or None"
+    "a dict with 'optimizer' and optionally 'lr_scheduler'; a list or tuple of such dicts; "
+    "a dict of names to optimizers or such dicts; or None"
 )
 _EXAMPLE = "return [g_opt, d_opt], [g_scheduler]"
 
@@ -68,6 +70,35 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerCon
     return optimizers, schedulers
 
 
+def names_of(returned: Any) -> list[str] | None:
+    """Return the names that a dict from ``configure_optimizers`` gives to its optimizers, None for any other form."""
+    return list(returned) if _is_named(returned) else None
+
+
+def _is_named(returned: Any) -> bool:
+    known = {"optimizer", "lr_scheduler", "monitor", "frequency"}
+    return isinstance(returned, dict) and bool(returned) and not known & returned.keys()
+
+
+class NamedOptimizers(list[LightningOptimizer]):
+    """The optimizers of a run in order; those of a dict answer by name, too: ``self.optimizers()["generator"]``."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the optimizer at a position, or of a name.
+
+        Raises:
+            ConfigurationError: for a name that none of them has.
+        """
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for optimizer in self:
+            if optimizer.name == key:
+                return optimizer
+        names = [optimizer.name for optimizer in self]
+        closest = (difflib.get_close_matches(key, [n for n in names if n], 1) or names)[0]
+        raise ConfigurationError(explain(f"an optimizer out of {names}", repr(key), f"self.optimizers()[{closest!r}]"))
+
+
 def check_monitors(schedulers: Sequence[LRSchedulerConfig]) -> None:
     """Check that automatic optimization knows the metric of every `ReduceLROnPlateau`.
 
@@ -89,6 +120,8 @@ def _unwrapped(returned: Any) -> Any:
     """Return raw optimizers in the place of wrapped ones, which Lightning accepts too."""
     if isinstance(returned, LightningOptimizer):
         return returned.optimizer
+    if _is_named(returned):
+        return {name: _unwrapped(item) for name, item in returned.items()}
     if isinstance(returned, list | tuple):
         return [_unwrapped(item) for item in returned]
     if isinstance(returned, dict) and isinstance(returned.get("optimizer"), LightningOptimizer):
@@ -99,6 +132,8 @@ def _unwrapped(returned: Any) -> Any:
 def _split(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
     if returned is None:
         return [], []
+    if _is_named(returned):
+        return _read_items(list(returned.values()), [f"[{name!r}]" for name in returned])
     if isinstance(returned, Optimizer | dict):
         returned = [returned]
     if not isinstance(returned, list | tuple):
@@ -113,11 +148,13 @@ def _split(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
     return _read_items(returned)
 
 
-def _read_items(items: Sequence[Any]) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+def _read_items(
+    items: Sequence[Any], places: Sequence[str] | None = None
+) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
     optimizers: list[Optimizer] = []
     schedulers: list[LRSchedulerConfig] = []
     for index, item in enumerate(items):
-        where = f"item {index}"
+        where = f"item {index}" if places is None else f"the dict's {places[index]}"
         if isinstance(item, Optimizer):
             optimizers.append(item)
             continue

@@ -40,6 +40,7 @@ class GradientLife:
         self.hooks = hooks
         self.optimizers: list[Any] = []  # of type LightningOptimizer, which knows this class
         self.toggles = ToggleStack(self.optimizers)
+        self.automatic = False  # whether the loop calls backward, and nobody else may
         self.stepped = False
         self.lost: str | None = None  # what a gradient misses that only a backend could complete
         self.counter: Any = None  # the progress of a Trainer whose global_step counts every step

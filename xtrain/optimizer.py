@@ -43,9 +43,11 @@ class LightningOptimizer:
         optimizer: the raw optimizer.
         life: what it shares with the others of its run. ``configure_optimizers`` may leave it out: it returns
             the raw optimizer by that.
+        name: its key in a dict from ``configure_optimizers``.
 
     Attributes:
         optimizer: the raw `torch.optim.Optimizer`.
+        name: its key in a dict from ``configure_optimizers``, else None.
         phase: where its gradients are in their life.
         applied: whether the last `step` updated parameters (an fp16 overflow skips it).
         step_count: steps that were applied.
@@ -61,8 +63,8 @@ class LightningOptimizer:
     _life: GradientLife
     _backend: Backend
 
-    def __init__(self, optimizer: Optimizer, life: GradientLife | None = None) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, life: GradientLife | None = None, name: str | None = None) -> None:
+        self.optimizer, self.name = optimizer, name
         self.phase = Phase.EMPTY
         self.applied = False
         self.step_count, self.skipped_steps, self.zeroed_at = 0, 0, -2
@@ -102,7 +104,7 @@ class LightningOptimizer:
 
     def __repr__(self) -> str:
         position = next((i for i, o in enumerate(self._life.optimizers) if o is self), "?")
-        return f"optimizer {position} ({type(self.optimizer).__name__})"
+        return f"optimizer {position if self.name is None else self.name!r} ({type(self.optimizer).__name__})"
 
     # Without a setter, which would change the wrapper alone.
     param_groups = property(lambda self: self.optimizer.param_groups, doc="The raw groups, to be changed in place.")
@@ -289,6 +291,27 @@ class LightningOptimizer:
         if lost is not None:
             raise ProtocolError(text)
         self._life.warn_once(text)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of `loss` to the parameters of this optimizer alone, whatever else `loss` depends on.
+
+        Args:
+            loss: see `LightningModule.manual_backward`, like the other arguments.
+            *args: see there.
+            **kwargs: see there.
+
+        Raises:
+            ProtocolError: in automatic optimization, which calls backward itself.
+
+        Example:
+            >>> opt.zero_grad()
+            >>> opt.backward(self.net(batch).square().mean())
+        """
+        if self._life.automatic:
+            fix = "self.automatic_optimization = False in __init__, or return the loss"
+            raise ProtocolError(explain("opt.backward() in manual optimization only", "a call in automatic", fix))
+        with self.toggle_model(), self._life.backward(loss, bool(args) or "gradient" in kwargs):
+            (self._life.override or self._backend.backward)(loss, *args, **kwargs)
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:

@@ -117,11 +117,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "automatic-several",
-        "several optimizers with automatic optimization",
-        "Automatic optimization has one loss and cannot know which optimizer it belongs to.",
+        "LBFGS beside another optimizer with automatic optimization",
+        "All of them step on the gradients of one backward, and LBFGS asks for more.",
         "self.automatic_optimization = False in __init__",
         "docs/guide.md",
-        lambda s: f"{len(s.optimizers)} optimizers" if s.automatic and len(s.optimizers) > 1 else None,
+        lambda s: _reevaluating(s) if s.automatic and len(s.optimizers) > 1 else None,
     ),
     Rule(
         "scaler-kwargs",

@@ -1,7 +1,8 @@
-"""Automatic optimization: one optimizer, one loss, over the same verbs as a manual step."""
+"""Automatic optimization: one loss, over the same verbs as a manual step; several optimizers share its gradients."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class AutomaticStep:
         self._window = 0  # micro-batches accumulated since the last step
         if run.trainer.gradient_clip_val is not None or _overrides_clipping(run.module):
             # Clipping belongs between finalize and step, where the hooks before a step run.
-            self._life.hooks["on_before_optimizer_step"].append(self._clip)
+            together = len(run.life.optimizers) > 1 and not _overrides_clipping(run.module)
+            self._life.hooks["on_before_optimizer_step"].append(self._clip_together if together else self._clip)
 
     def __call__(self, batch: Any, batch_idx: int) -> Any:
         """Train on one batch; returns what the user's step returned."""
@@ -58,8 +60,8 @@ class AutomaticStep:
             loss = _loss_of(outputs)
             if loss is None:
                 raise _SkipBatchError
-            if self._window == 0:
-                self._module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
+            for each in self._life.optimizers if self._window == 0 else ():
+                self._module.optimizer_zero_grad(trainer.current_epoch, batch_idx, each)
             loss_of_batch = loss / trainer.accumulate_grad_batches
             with self._life.backward(loss_of_batch):
                 (self._life.override or self._life.backend.backward)(loss_of_batch)
@@ -70,6 +72,8 @@ class AutomaticStep:
             self._window += 1
         else:
             self._module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
+            for other in self._life.optimizers[1:]:  # on the gradients of the same backward
+                self._module.optimizer_step(trainer.current_epoch, batch_idx, other, lambda: _loss_of(outputs))
             self._window = 0
         if outputs is _NOT_RUN:
             raise ProtocolError(explain("optimizer_step to run its closure, which trains", "no call of it", _CLOSURE))
@@ -82,6 +86,23 @@ class AutomaticStep:
     def _clip(self, optimizer: Any) -> None:
         trainer = self._trainer
         self._module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+
+    def _clip_together(self, optimizer: Any) -> None:
+        """Clip the gradients of all optimizers as one vector, before the first of them steps."""
+        first, *others = self._life.optimizers
+        if optimizer is not first.optimizer:
+            return
+        value, algorithm = self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm or "norm"
+        assert value is not None
+        limits = dict.fromkeys((first, *others), value)
+        if algorithm == "norm":
+            norms = [each.clip_gradients(math.inf, "norm") for each in limits]
+            sizes = dict(zip(limits, self._life.backend.read_scalars(norms), strict=True))
+            total = math.sqrt(sum(size**2 for size in sizes.values()))
+            # Each part of a vector that is too long becomes shorter by the same factor.
+            limits = {each: value * size / total for each, size in sizes.items() if total > value and size > 0}
+        for each, limit in limits.items():
+            each.clip_gradients(limit, algorithm)
 
     def end_epoch(self, skipped: bool) -> None:
         """Step the schedules that follow the hooks of an epoch's end, unless the epoch was left in its middle.

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from xtrain.callbacks.base import Callback
-from xtrain.configure import check_monitors, read_optimizers
+from xtrain.configure import NamedOptimizers, check_monitors, names_of, read_optimizers
 from xtrain.contract import Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
@@ -164,7 +164,9 @@ def _prepare_data(run: Run) -> None:
 
 def _set_up_optimizers(run: Run) -> None:
     trainer, module = run.trainer, run.module
-    optimizers, run.schedulers = read_optimizers(module.configure_optimizers())
+    returned = module.configure_optimizers()
+    optimizers, run.schedulers = read_optimizers(returned)
+    run.life.automatic = module.automatic_optimization
     if module.automatic_optimization:
         check_monitors(run.schedulers)
     check_rules(
@@ -181,9 +183,11 @@ def _set_up_optimizers(run: Run) -> None:
         )
     )
     wrapped = run.life.optimizers
-    wrapped.extend(LightningOptimizer(optimizer, run.life) for optimizer in optimizers)
+    names = names_of(returned)
+    for index, optimizer in enumerate(optimizers):
+        wrapped.append(LightningOptimizer(optimizer, run.life, names[index] if names else None))
     for part in _lightning_modules(module):
-        part._optimizers = wrapped[0] if len(wrapped) == 1 else wrapped
+        part._optimizers = wrapped[0] if len(wrapped) == 1 and names is None else NamedOptimizers(wrapped)
     trainer.backend.setup_optimizers(module, wrapped)
 
 

@@ -185,10 +185,13 @@ class Provocation:
     applies: Callable[[Capabilities], bool] = lambda capabilities: True
 
 
-class _AutomaticPair(Recorder):
+class _AutomaticPair(Closure):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(lbfgs)
         self.automatic_optimization = True
+
+    def configure_optimizers(self) -> list[Any]:
+        return [lbfgs([p]) for p in self.parameters()]
 
 
 class _AutomaticLbfgs(Closure):
