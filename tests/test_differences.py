@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rank_jobs
 import torch
+import torchmetrics
 from small import Automatic, Small, loader, rows, says, trained, trainer
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from xtrain import LightningDataModule, LightningModule, ProtocolError, seed_everything
 from xtrain.callbacks import Callback
-from xtrain.loggers import CSVLogger
+from xtrain.loggers import CSVLogger, Logger
 from xtrain.testing.ranks import Ranks
 
 
@@ -297,3 +298,78 @@ def test_a_skip_by_a_callback_is_a_skip():
             return -1
 
     assert trained(callbacks=[Skip()])[0].seen == []
+
+
+class Rows(Logger):
+    """Keeps what it is sent."""
+
+    name = version = ""
+
+    def __init__(self):
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, {name: value for name, value in metrics.items() if name != "epoch"}))
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_step_values_of_evaluation_are_rows_of_their_own(every):
+    """Wherever the log points are; the axis counts the steps of that evaluation, over all epochs."""
+
+    class Stepwise(Small):
+        def validation_step(self, batch, batch_idx):
+            self.log("single", torch.tensor(float(batch_idx)), on_step=True, on_epoch=False)
+            self.log("both", float(batch_idx), on_step=True, on_epoch=True)
+
+    logger = Rows()
+    run = trainer(max_epochs=2, logger=logger, log_every_n_steps=every)
+    run.fit(Stepwise(), loader(1), loader(4))
+    epoch = [(i, {"single": float(i % 4), "both_step": float(i % 4)}) for i in range(8)]
+    expected = [*epoch[:4], (1, {"both_epoch": 1.5}), *epoch[4:], (2, {"both_epoch": 1.5})]
+    assert logger.rows == expected
+    assert {name: value.item() for name, value in run.callback_metrics.items()} == {"both": 1.5, "both_epoch": 1.5}
+
+
+def test_each_evaluation_loader_has_its_own_results():
+    class Own(Small):
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            self.log(f"only_{dataloader_idx}", 1.0, add_dataloader_idx=False)
+            self.log("both", float(dataloader_idx))
+
+        def on_test_epoch_end(self):
+            self.log("end", 3.0)
+
+    assert trainer().test(Own(), [loader(2), loader(2)]) == [
+        {"only_0": 1.0, "both/dataloader_idx_0": 0.0, "end": 3.0},
+        {"only_1": 1.0, "both/dataloader_idx_1": 1.0, "end": 3.0},
+    ]
+
+
+def test_metrics_can_be_set():
+    class Setting(Small):
+        def on_train_epoch_end(self):
+            self.trainer.callback_metrics["mine"] = torch.tensor(4.0)
+            self.log("summed", 2.0, reduce_fx="SUM", enable_graph=False, sync_dist_group=None)
+
+    _, run = trained(module=Setting())
+    assert {name: value.item() for name, value in run.callback_metrics.items()} == {"mine": 4.0, "summed": 2.0}
+    del run.callback_metrics["mine"]
+    assert "mine" not in run.callback_metrics
+
+
+def test_a_collection_of_metrics_is_logged_without_copies():
+    kinds = [torchmetrics.classification.MulticlassAccuracy(3), torchmetrics.classification.MulticlassF1Score(3)]
+    collection = torchmetrics.MetricCollection(kinds)
+
+    class Classifying(Small):
+        def validation_step(self, batch, batch_idx):
+            collection(torch.tensor([0, 1, 2, batch_idx]), torch.tensor([0, 1, 2, 2]))
+            self.log_dict(collection)
+            sources = [m.source for m in self.trainer.metrics._stage.metrics()]
+            assert all(source.tp is collection[type(source).__name__].tp for source in sources)
+
+    (result,) = trainer().validate(Classifying(), loader(2))
+    plain = torchmetrics.MetricCollection([type(kind)(3) for kind in kinds])
+    for index in range(2):
+        plain.update(torch.tensor([0, 1, 2, index]), torch.tensor([0, 1, 2, 2]))
+    assert result == pytest.approx({name: value.item() for name, value in plain.compute().items()})

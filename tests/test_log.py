@@ -465,11 +465,14 @@ def test_a_collection_is_logged_by_its_items(training):
     assert metrics["MeanSquaredError"].update_count == 0
 
 
-def test_an_updated_object_has_no_value_of_the_step(training):
+def test_an_updated_object_gives_what_its_updates_come_to(training):
     metric = torchmetrics.MeanMetric()
-    metric.update(1.0)
-    with pytest.raises(ConfigurationError, match=r"MeanMetric after update\(\)"):
-        training.log("mean", metric)
+    for value in (1.0, 3.0):
+        metric.update(value)
+        training.log("mean", metric, on_step=True, on_epoch=True)
+        assert training.callback_metrics["mean_step"] == (1.0 if value == 1.0 else 2.0)
+        training.flush_step(1, 0)
+    assert training.send_epoch(2, 0) == {"mean_epoch": 2.0}
 
 
 def test_an_object_that_computes_several_values_is_refused(training):

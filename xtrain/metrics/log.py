@@ -9,7 +9,8 @@ so nothing is computed on the device and the memory of an epoch stays bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,10 @@ class MetricLog(Logs):
         self._callback: dict[str, Metric | float] = {}
         self._logged: dict[str, Metric | float] = {}
         self._unreduced: dict[str, Metric] = {}  # of several ranks, what was logged and never reduced over them
-        self.callback_metrics: Mapping[str, Tensor] = TensorView(self._callback, self._unreduced)
-        self.logged_metrics: Mapping[str, Tensor] = TensorView(self._logged)
+        self.callback_metrics: MutableMapping[str, Tensor] = TensorView(self._callback, self._unreduced)
+        self.logged_metrics: MutableMapping[str, Tensor] = TensorView(self._logged)
+        self._evaluated: Counter[str] = Counter()  # steps of each kind of evaluation, the x-axis of their rows
+        self.by_loader: list[tuple[int | None, str, float]] = []  # of the epoch that was sent last
         self._stage = Stage("idle")
 
     # ---------------------------------------------------------------- where the loop is
@@ -159,7 +162,7 @@ class MetricLog(Logs):
         stage.scope[name] = metric
         metric.shared = metric.sync and self._ranks.world_size > 1
         shown = self._unreduced if metric.shared else self._callback
-        if metric.shown_early:
+        if metric.shown_early and not (metric.on_step and stage.evaluates):  # nobody is to watch single batches of it
             shown[metric.name] = shown[metric.step_name] = metric
         return metric
 
@@ -173,6 +176,9 @@ class MetricLog(Logs):
         """
         stage = self._stage
         stage.steps += 1
+        if stage.evaluates and self._sends_steps:
+            stage.keep_steps(self._evaluated[stage.name])
+            self._evaluated[stage.name] += 1
         return self.flush(step, epoch) if stage.steps % self._every == 0 else _NO_CHECKS
 
     def flush(self, step: int, epoch: int) -> dict[str, float]:
@@ -189,7 +195,19 @@ class MetricLog(Logs):
         self.checks.clear()
         self._send(self._stage.row, step, epoch)
         self._stage.row = {}
+        self._send_kept(epoch)
         return checks
+
+    def _send_kept(self, epoch: int) -> None:
+        """Send the step values of evaluation, a row for each step."""
+        kept, self._stage.kept = self._stage.kept, []
+        values = [value for _, row in kept for value in row.values()]
+        waiting = [value.reshape(()) for value in values if isinstance(value, Tensor)]
+        read = iter(self._read_scalars(waiting) if waiting else ())
+        for step, row in kept:
+            floats = {m: next(read) if isinstance(value, Tensor) else value for m, value in row.items()}
+            self.progress_bar_metrics.update({m.step_name: value for m, value in floats.items() if m.prog_bar})
+            self._send({m.step_name: value for m, value in floats.items() if m.logger}, step, epoch)
 
     def reduce_epoch(self) -> None:
         """Reduce what was logged since the epoch began, for `callback_metrics`; a second call adds what came since."""
@@ -229,9 +247,11 @@ class MetricLog(Logs):
             The epoch values by name, those of several evaluation loaders with their suffix.
         """
         self.reduce_epoch()
+        self._send_kept(epoch)
         stage = self._stage
         ended = [(metric, metric.result) for metric in stage.metrics() if metric.result is not None]
         self._send(stage.row | {m.epoch_name: value for m, value in ended if m.logger}, step, epoch)
+        self.by_loader = [(m.dataloader, m.epoch_name, value) for m, value in ended]
         self._forget_epoch()
         return {m.epoch_name: value for m, value in ended}
 
@@ -278,7 +298,7 @@ class MetricLog(Logs):
 
     def _take_steps(self, pairs: Mapping[Metric, float]) -> None:
         for metric, value in pairs.items():
-            if metric.shared:
+            if metric.shared and not self._stage.evaluates:
                 self._show(metric, metric.step_name, value)
         self.progress_bar_metrics.update({m.step_name: value for m, value in pairs.items() if m.prog_bar})
         if self._sends_steps:

@@ -54,7 +54,7 @@ class Logs:
         Example:
             >>> self.log("loss", self.net(batch).square().mean(), prog_bar=True, on_epoch=True)
         """
-        if unknown:
+        if unknown and not _harmless(unknown):
             refuse_call(value, unknown)
         settings = Settings(
             prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
@@ -98,9 +98,21 @@ class Logs:
         Example:
             >>> self.log_dict({"loss_g": torch.tensor(0.7), "loss_d": torch.tensor(1.4)}, prog_bar=True)
         """
-        if unknown or not hasattr(dictionary, "items"):
+        if not (_harmless(unknown) and hasattr(dictionary, "items")):
             refuse_call(dictionary, unknown)
         settings = Settings(
             prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
         )
-        self._record(dictionary, settings, batch_size)
+        self._record(_without_copies(dictionary), settings, batch_size)
+
+
+def _harmless(options: Mapping[str, Any]) -> bool:
+    """Return whether `options` are Lightning's, with values that change nothing."""
+    return all(name in ("enable_graph", "sync_dist_group") and not value for name, value in options.items())
+
+
+def _without_copies(dictionary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `dictionary`; a ``torchmetrics.MetricCollection`` as one of its metrics, whose states are not copied."""
+    if not hasattr(dictionary, "compute_groups"):
+        return dictionary
+    return dict(dictionary.items(keep_base=False, copy_state=False))  # type: ignore[call-arg]  # it takes these

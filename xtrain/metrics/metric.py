@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +113,12 @@ class Metric:
         return self.read[0] if isinstance(self.op, str) else _applied(self.name, self.op, torch.tensor(self.read))
 
     def take_source(self, source: Any) -> None:
-        """Remember a torchmetrics object, and what its forward returned in this step.
-
-        Raises:
-            ConfigurationError: if the value of a step is wanted and the object was only updated.
-        """
+        """Remember a torchmetrics object, and what its forward returned in this step, or what its updates come to."""
         self.source, self.stale, self.shared = source, False, False  # it reduces over the ranks by itself
         if not self.on_step:
             return
         value = getattr(source, "_forward_cache", None)
-        if value is None:
-            kind = type(source).__name__
-            expected = f"a {kind} that was called in this step, for on_step=True"
-            raise ConfigurationError(explain(expected, f"{kind} after update()", "self.metric(prediction, target)"))
+        value = source.compute() if value is None else value
         check_value(self.name, value)
         self.latest, self.fresh = snapshot(value) if isinstance(value, Tensor) else value, True
 
@@ -188,7 +181,8 @@ def _check_levels(name: str, hook: str, on_step: bool, on_epoch: bool) -> None:
 
 
 def _check_reduction(name: str, reduce_fx: Any, sync_dist: bool) -> ReduceOp | Callable[[Tensor], Any]:
-    op = _SPELLINGS.get(reduce_fx) if isinstance(reduce_fx, str) or callable(reduce_fx) else None
+    spelled = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx
+    op = _SPELLINGS.get(spelled) if isinstance(spelled, str) or callable(spelled) else None
     if op is not None:
         return op
     if callable(reduce_fx) and not sync_dist:
@@ -229,15 +223,15 @@ class NotReducedError(ConfigurationError, KeyError):
     __str__ = Exception.__str__
 
 
-class TensorView(Mapping[str, Tensor]):
-    """A read-only view of metrics as 0-dim tensors. Looking at it waits for no device.
+class TensorView(MutableMapping[str, Tensor]):
+    """A view of metrics as 0-dim tensors. Looking at it waits for no device; a value may be set.
 
     Args:
         values: what it shows.
         unreduced: names that are known, and have no value before the ranks reduce them.
     """
 
-    def __init__(self, values: Mapping[str, Metric | float], unreduced: Mapping[str, Metric] | None = None) -> None:
+    def __init__(self, values: dict[str, Metric | float], unreduced: Mapping[str, Metric] | None = None) -> None:
         self._values, self._unreduced = values, {} if unreduced is None else unreduced
 
     def __getitem__(self, name: str) -> Tensor:
@@ -248,6 +242,12 @@ class TensorView(Mapping[str, Tensor]):
         value = self._values[name]
         latest = value.latest if isinstance(value, Metric) else value
         return latest.reshape(()) if isinstance(latest, Tensor) else torch.tensor(latest, dtype=torch.float32)
+
+    def __setitem__(self, name: str, value: Tensor | float) -> None:
+        self._values[name] = float(value)
+
+    def __delitem__(self, name: str) -> None:
+        del self._values[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from torch import Tensor
+
 from xtrain.collectives import Collectives
 from xtrain.metrics.metric import Metric
 from xtrain.metrics.ranks import Value, match_names, reduce_over_ranks
@@ -29,11 +31,20 @@ class Stage:
     steps: int = 0
     late: dict[Metric, float] = field(default_factory=dict)  # step values that the ranks reduce at the end
     row: dict[str, float] = field(default_factory=dict)  # step values that were read and not sent yet
+    kept: list[tuple[int, dict[Metric, Tensor | float]]] = field(default_factory=list)  # of evaluation, by step
 
     @property
     def evaluates(self) -> bool:
         """Whether ranks may have unequally many batches here, or none."""
         return self.name != "train"
+
+    def keep_steps(self, number: int) -> None:
+        """Keep the step values of evaluation step `number`: each becomes a row, wherever the log points are."""
+        row = {m: m.latest for m in self.metrics() if m.on_step and m.fresh and not m.shared and m.latest is not None}
+        for metric in row:
+            metric.fresh = False
+        if row:
+            self.kept.append((number, row))
 
     def metrics(self) -> list[Metric]:
         """Return what was logged, in all hooks."""

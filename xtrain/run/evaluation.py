@@ -46,7 +46,8 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
             return outputs if several else outputs[0]
         run.metrics.reduce_epoch()
         run.call(f"on_{name}_epoch_end")
-        results = run.metrics.send_epoch(run.trainer.global_step, run.trainer.current_epoch)
+        run.metrics.send_epoch(run.trainer.global_step, run.trainer.current_epoch)
+        results = run.metrics.by_loader
         run.call(f"on_{name}_end")
     return _per_loader(results, len(loaders))
 
@@ -78,15 +79,9 @@ def _over_loader(
     return outputs
 
 
-def _per_loader(results: dict[str, float], count: int) -> list[dict[str, float]]:
-    """Split epoch metrics by the suffix that several loaders give them."""
-    if count == 1:
-        return [results]
-    suffixes = [f"/dataloader_idx_{i}" for i in range(count)]
-    return [
-        {k: v for k, v in results.items() if k.endswith(suffix) or not k.endswith(tuple(suffixes))}
-        for suffix in suffixes
-    ]
+def _per_loader(results: list[tuple[int | None, str, float]], count: int) -> list[dict[str, float]]:
+    """Return what each loader logged; what was logged at the end of the epoch belongs to all of them."""
+    return [{name: value for loader, name, value in results if loader in (None, index)} for index in range(count)]
 
 
 @contextmanager
