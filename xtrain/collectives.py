@@ -39,6 +39,7 @@ class Collectives:
         place: says in words where the run is; the run sets it, and every header has it.
         asks: says whether this rank wants the training to end; likewise.
         asked: whether any rank was heard to want that. It is the same on all ranks after each header.
+        meets_in_steps: gradients are averaged after a header; else the ranks meet between steps only.
         equal_forwards: the forward itself talks to the other ranks, so an evaluation makes equally many on each.
     """
 
@@ -49,6 +50,7 @@ class Collectives:
     asks: Callable[[], bool] = staticmethod(lambda: False)
     asked: bool = False
     equal_forwards: bool = False
+    meets_in_steps: bool = True
 
     def meet(self, call: str, facts: bytes = b"", note: str = "") -> list[bytes]:
         """Say what this rank is about to do, and hear what the others say.

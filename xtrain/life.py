@@ -134,11 +134,13 @@ class GradientLife:
         """Warn once, or raise `NonFiniteLossError`, if `loss` is NaN or infinite."""
         if math.isfinite(loss):
             return
+        ranks = self.backend.collectives
+        received = f"{loss} on rank {ranks.rank}" if ranks.world_size > 1 else f"{loss}"
         if self._nonfinite_loss == "stop":
             fix = "a smaller learning rate, self.clip_gradients(...), or Trainer(nonfinite_loss='warn') to go on"
-            raise NonFiniteLossError(explain("a finite loss", loss, fix))
+            raise NonFiniteLossError(explain("a finite loss", received, fix))
         fix = "Trainer(nonfinite_loss='stop') ends the run here, 'ignore' hides this message"
-        self.warn_once(explain("a finite loss", loss, fix), about="a loss that is not finite")
+        self.warn_once(explain("a finite loss", received, fix), about="a loss that is not finite")
 
     def warn_once(self, text: str, about: str | None = None) -> None:
         """Warn, but only the first time in this run; messages that differ in details have one subject, `about`."""

@@ -64,6 +64,8 @@ class Trainer(TrainerState):
         gradient_clip_val: clips in automatic optimization.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         log_every_n_steps: training steps between two reads of logged values.
+        check_replicas: on several processes, compare parameters and buffers at the end of each epoch (``"epoch"``),
+            or not (``"off"``). Batch statistics differ by design.
         nonfinite_loss: ``"warn"`` once, ``"stop"`` or ``"ignore"`` when a loss is NaN or infinite. On
             asynchronous devices the latest loss is looked at every `log_every_n_steps`.
         callbacks: one or several.
@@ -112,6 +114,7 @@ class Trainer(TrainerState):
         gradient_clip_algorithm: str | None = None,
         log_every_n_steps: int | None = None,
         nonfinite_loss: str = "warn",
+        check_replicas: str = "epoch",
         callbacks: Callback | list[Callback] | None = None,
         logger: Logger | list[Logger] | bool | None = None,
         enable_progress_bar: bool | None = None,
@@ -139,6 +142,7 @@ class Trainer(TrainerState):
         self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
+        self.check_replicas = check_choice("check_replicas", str(check_replicas), "epoch", "off")
         self.inference_mode = inference_mode
         self._read_watching(callbacks, logger, enable_progress_bar is not False, log_every_n_steps, default_root_dir)
         self.progress = Progress()

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from xtrain.collectives import HEADER, Collectives, ReduceOp
-from xtrain.launch.join import STORES, current_launch, join
+from xtrain.launch.join import current_launch, join, raise_failure
+from xtrain.launch.stores import STORES
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ class TorchCollectives(Collectives):
 
 
 def _wait(work: Any, call: str) -> None:
-    """Wait for the other ranks in slices of a second, between which Ctrl-C works."""
+    """Wait for the other ranks in slices of a second: in between Ctrl-C works, and a failed rank is noticed."""
     while True:
         try:
             work.wait(_SLICE)
@@ -118,6 +119,7 @@ def _wait(work: Any, call: str) -> None:
         except RuntimeError as error:
             if work.is_completed():
                 raise RuntimeError(f"{error} (it was to {call})") from error
+        raise_failure()
 
 
 def _form(tensor: Tensor) -> str:

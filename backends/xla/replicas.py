@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 
 class Replicas(Collectives):
-    """Communication between replicas, traced into the graph like any computation."""
+    """Communication between replicas, traced into the graph like any computation.
+
+    A header has to be read on the host, so there is none in a training step: replicas meet at log points.
+    """
+
+    meets_in_steps = False
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime

@@ -47,32 +47,35 @@ class Board:
 
     Args:
         store: a connection that nothing else uses: another user's wait would block it.
+
+    Attributes:
+        run: counts the runs of this program, whose failures are apart.
     """
 
     def __init__(self, store: Any) -> None:
-        self._store = store
+        self._store, self.run = store, 1
 
     def write(self, failure: Failure) -> None:
         """Say what failed, unless another rank did before."""
         with suppress(Exception):  # the store is gone with its process: the error itself is still raised
-            self._store.compare_set("failure", "", json.dumps(asdict(failure)))
+            self._store.compare_set(f"failure{self.run}", "", json.dumps(asdict(failure)))
 
     def read(self) -> Failure | None:
         """Return the first failure, if there is one."""
         with suppress(Exception):
-            if self._store.check(["failure"]):
-                return Failure(**json.loads(self._store.get("failure")))
+            if self._store.check([f"failure{self.run}"]):
+                return Failure(**json.loads(self._store.get(f"failure{self.run}")))
         return None
 
     def wait_in_vain(self, rank: int) -> None:
         """Say that `rank` waited for others that did not come."""
         with suppress(Exception):
-            self._store.set(f"waited{rank}", "1")
+            self._store.set(f"waited{self.run}-{rank}", "1")
 
     def missing(self, count: int) -> list[int]:
         """Return which of `count` ranks did not wait for others, as a rank that hangs elsewhere."""
         with suppress(Exception):
-            absent = [rank for rank in range(count) if not self._store.check([f"waited{rank}"])]
+            absent = [rank for rank in range(count) if not self._store.check([f"waited{self.run}-{rank}"])]
             return absent if len(absent) < count else []
         return []
 

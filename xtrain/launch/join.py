@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
-import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,9 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 from torch import distributed as dist
 
 from xtrain.compat.backends import replica_rank
-from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, XTrainError, explain
+from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
 from xtrain.launch.children import GRACE, Board, Children, Failure, follow_parent, wait_for
 from xtrain.launch.environment import LAUNCH_ID, Launch, detect_launcher
+from xtrain.launch.stores import STORES, ask_for_a_reason, bind_to_loopback, connect
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,12 +27,6 @@ T = TypeVar("T")
 JOIN_SECONDS = 300.0
 """How long the processes of a run wait for each other at the start."""
 
-MANY = "XTRAIN_MANY_PROCESSES"
-"""A variable: 1 says that more processes than processors are meant."""
-_ANSWER = timedelta(seconds=2)  # for one try: in it, Ctrl-C waits
-_TRIES = 5
-
-STORES: Any = dist  # torch exports its stores without declaring them
 _in_run = threading.Event()
 _world: World | None = None
 
@@ -49,11 +40,10 @@ class World:
         token: what its keys begin with.
     """
 
-    def __init__(self, launch: Launch, store: Any, started: bool) -> None:
+    def __init__(self, launch: Launch, store: Any, own: Any, started: bool) -> None:
         self.launch = launch
         self.token = os.environ.get(LAUNCH_ID) or (secrets.token_hex(16) if started else "xtrain")
         self.store = STORES.PrefixStore(self.token, store)
-        own = STORES.TCPStore(launch.address, launch.port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.board = Board(STORES.PrefixStore(f"{self.token}-board-{attempt}", own))
         self.ended = False
@@ -152,7 +142,7 @@ def join(devices: int | None = None, seconds: float = JOIN_SECONDS) -> World | N
         _check_devices(launch, devices)
     if _world is not None or (launch.world_size == 1 and (launch.joined or devices in (None, 1))):
         return _world
-    _world = _start(devices or 1) if not launch.joined else _meet_at(launch, seconds)
+    _world = World(launch, *connect(launch, seconds), started=False) if launch.joined else _start(devices or 1)
     _gather(_world, seconds)
     return _world
 
@@ -186,6 +176,8 @@ def fail_as_one() -> Iterator[None]:
         RankFailedError: in place of an error that only says that another rank is gone.
     """
     _in_run.set()
+    if _world is not None:
+        _world.board.run += 1
     try:
         yield
     except BaseException as error:
@@ -194,6 +186,17 @@ def fail_as_one() -> Iterator[None]:
         raise
     finally:
         _in_run.clear()
+
+
+def raise_failure() -> None:
+    """Raise what failed on another rank of this run, for a rank that has waited long; return if nothing did.
+
+    Raises:
+        RankFailedError: with the first failure.
+    """
+    first = None if _world is None else _world.board.read()
+    if first is not None:
+        raise RankFailedError(str(first))
 
 
 def _check_devices(launch: Launch, devices: int | None) -> None:
@@ -209,81 +212,12 @@ def _check_devices(launch: Launch, devices: int | None) -> None:
 
 
 def _start(count: int) -> World:
-    _ask_for_a_reason(count)
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))  # a port of the system's choice, which no other machine can reach
+    ask_for_a_reason(count)
+    bound = bind_to_loopback()
     sources = {"world_size": f"devices={count}", "local_world_size": f"devices={count}"}
     address, port = bound.getsockname()
     launch = Launch("xtrain", 0, 0, count, count, sources=sources, address=address, port=port)
-    return World(launch, _host(bound), started=True)
-
-
-def _ask_for_a_reason(count: int) -> None:
-    processors = os.cpu_count() or 1
-    if count > processors and os.environ.get(MANY) != "1":
-        received = f"devices={count}, on a machine with {processors}"
-        fix = f"Trainer(devices={processors}), or {MANY}=1 python script.py if that is on purpose"
-        raise ConfigurationError(explain("at most as many processes as processors", received, fix))
-
-
-def _host(bound: socket.socket) -> Any:
-    """Return the store of a run, listening where `bound` is and nowhere else."""
-    address, port = bound.getsockname()[:2]
-    bound.listen(1024)
-    return STORES.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=bound.detach())
-
-
-def _meet_at(launch: Launch, seconds: float) -> World:
-    """Connect to the store of the launcher, or of rank 0, which makes it."""
-    address, port = launch.address, launch.port
-    hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    limit = timedelta(seconds=seconds)
-    try:
-        if hosts and address in ("127.0.0.1", "localhost"):
-            bound = socket.socket()
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(("127.0.0.1", port))
-            store = _host(bound)
-        elif hosts:
-            store = STORES.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=limit)
-        else:
-            store = _reach(launch, seconds)
-        store.set_timeout(limit)
-        return World(launch, store, started=False)
-    except (dist.DistError, ValueError, OSError) as error:
-        if isinstance(error, XTrainError):
-            raise
-        if "EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE:
-            fix = "torchrun --standalone --nproc_per_node=2 script.py, or another MASTER_PORT"
-            raise LaunchError(explain("a free port", f"MASTER_PORT={port}, in use on {address}", fix)) from error
-        raise _unreachable(launch, str(error).splitlines()[0]) from error
-
-
-def _reach(launch: Launch, seconds: float) -> Any:
-    """Return a connection to the store of rank 0, tried again and again: each try is short, so Ctrl-C works."""
-    deadline, refused, reason = time.monotonic() + seconds, 0, ""
-    while time.monotonic() < deadline and refused < _TRIES:
-        try:
-            socket.create_connection((launch.address, launch.port), timeout=_ANSWER.total_seconds()).close()
-        except socket.gaierror as error:
-            raise _unreachable(launch, f"the name does not resolve: {error}") from error
-        except OSError as error:
-            reason = f"within {seconds:g} s: {error}"
-            time.sleep(0.2)
-            continue
-        try:
-            return STORES.TCPStore(
-                launch.address, launch.port, is_master=False, wait_for_workers=False, timeout=_ANSWER
-            )
-        except dist.DistError as error:  # whoever listens there is busy, or no store
-            refused, reason = refused + 1, str(error).splitlines()[0]
-    raise _unreachable(launch, reason)
-
-
-def _unreachable(launch: Launch, reason: str) -> LaunchError:
-    expected = f"rank 0 at MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
-    fix = "start rank 0 too, with the same MASTER_ADDR and MASTER_PORT"
-    return LaunchError(explain(expected, f"no connection from rank {launch.rank} ({reason})", fix))
+    return World(launch, *connect(launch, JOIN_SECONDS, bound), started=True)
 
 
 def _gather(world: World, seconds: float) -> None:

@@ -156,6 +156,10 @@ class FileLogger(Logger):
         version = self.version
         return str(self._save_dir / self._name / (f"version_{version}" if isinstance(version, int) else version))
 
+    def adopt_version(self, version: int | str) -> None:
+        """Take the version that rank 0 has claimed, on a rank that claims none."""
+        self._version = version
+
     @rank_zero_only
     def prepare(self) -> None:
         """Make the folder of this run.

@@ -124,6 +124,8 @@ class AutomaticStep:
     def _monitored(self, config: LRSchedulerConfig) -> Any:
         if not config.reduce_on_plateau:
             return None
+        if config.interval == "step":  # the ranks' mean of this very step
+            self._run.metrics.reduce_now(str(config.monitor))
         metrics = self._trainer.callback_metrics
         if config.monitor in metrics:
             return metrics[config.monitor]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xtrain.data.batches import empty_loader, limited, nothing_left, size_of, with_last
+from xtrain.run.agreement import meet
 from xtrain.run.state import Run
 
 # By stage: the name in hooks and steps, and the Trainer's limit.
@@ -36,6 +37,7 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
     if stage == "validate" and run.called == "fit" and not run.accumulating:
         run.call("on_validation_model_zero_grad")
     metric_stage: Any = stage if stage != "predict" else "idle"
+    meet(run, f"begin {name}")
     with run.metrics.stage(metric_stage), _in_eval_mode(run, name), _stage(run, stage):
         run.call(f"on_{name}_start")
         run.call(f"on_{name}_epoch_start")
@@ -43,12 +45,14 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
         if stage == "predict":
             run.call("on_predict_epoch_end")
             run.call("on_predict_end")
+            meet(run, f"end {name}")
             return outputs if several else outputs[0]
         run.metrics.reduce_epoch()
         run.call(f"on_{name}_epoch_end")
         run.metrics.send_epoch(run.trainer.global_step, run.trainer.current_epoch)
         results = run.metrics.by_loader
         run.call(f"on_{name}_end")
+    meet(run, f"end {name}")
     return _per_loader(results, len(loaders))
 
 
@@ -63,6 +67,7 @@ def _over_loader(
     which = (index,) if several else ()
     batch_idx = -1
     for batch_idx, (batch, _) in enumerate(with_last(loader, count, size is not None)):
+        run.evaluated = batch_idx
         batch = run.transfer(batch, index)
         run.metrics.set_batch(batch, index if several else None)
         run.call(f"on_{name}_batch_start", batch, batch_idx, index)
@@ -74,7 +79,8 @@ def _over_loader(
         run.metrics.flush_step(run.trainer.global_step, run.trainer.current_epoch)
         if stage == "predict":
             outputs.append(output)
-    if batch_idx < 0 and limit != 0:
+    run.evaluated = None
+    if not any(map(any, run.backend.collectives.meet("end a loader", bytes([batch_idx >= 0])))) and limit != 0:
         raise empty_loader(name)
     return outputs
 

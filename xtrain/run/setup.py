@@ -8,7 +8,7 @@ from typing import Any
 
 from xtrain.callbacks.base import Callback
 from xtrain.configure import NamedOptimizers, check_monitors, names_of, read_optimizers
-from xtrain.contract import Situation
+from xtrain.contract import Backend, Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
 from xtrain.hooks import collect_hooks, is_overridden
@@ -18,6 +18,7 @@ from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
+from xtrain.run.agreement import introduce
 from xtrain.run.state import FitPlan, Run, TrainerState
 from xtrain.run.switches import in_effect
 from xtrain.stages import TrainerFn
@@ -52,6 +53,7 @@ def started_run(
         raise BackendUnavailableError(f"Backend '{backend.name}' cannot run here: {reason}.")
     with fail_as_one(), ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
         backend.launch()
+        clean_up.enter_context(_ended_by_all(backend, stage))
         clean_up.callback(backend.teardown)
         run = _begin(trainer, stage, module, datamodule)
         clean_up.callback(_end, run)
@@ -59,6 +61,7 @@ def started_run(
         if datamodule is not None:
             clean_up.callback(datamodule.teardown, run.called)
         try:
+            introduce(run)
             clean_up.enter_context(in_effect(run))
             _set_up(run, plan)
             clean_up.callback(run.life.toggles.clear)
@@ -125,6 +128,14 @@ def _metrics(trainer: TrainerState) -> MetricLog:
     for logger in trainer.loggers:
         logger.enabled = first
     return log
+
+
+@contextmanager
+def _ended_by_all(backend: Backend, stage: str) -> Iterator[None]:
+    """Return from a run that went well only when it did on every rank, clean-up included."""
+    yield
+    if backend.collectives.meets_in_steps:
+        backend.collectives.meet(f"end {stage}")
 
 
 def _end(run: Run) -> None:

@@ -119,6 +119,8 @@ class Run:
         loaders: of evaluation, by stage.
         active: whether it has not ended yet.
         failed: whether it ended by an exception.
+        evaluated: the current batch of an evaluation, from 0; None between them.
+        remark: what has just changed the course of the training, for messages.
     """
 
     trainer: TrainerState
@@ -135,6 +137,8 @@ class Run:
     loaders: dict[str, list[Any]] = field(default_factory=dict)
     active: bool = True
     failed: bool = False
+    evaluated: int | None = None
+    remark: str = ""
 
     def read_loaders(self, stage: str, given: Any) -> list[Any]:
         """Return the loaders of `stage` for this rank; see `xtrain.data.loaders.read_loaders`."""
@@ -159,6 +163,13 @@ class Run:
         """Whether automatic optimization keeps the gradients of the current batch for a later step."""
         every = self.trainer.accumulate_grad_batches
         return bool((self.trainer.progress.batch_idx + 1) % every) and not self.trainer.progress.is_last_batch
+
+    def place(self) -> str:
+        """Say where the run is: what the ranks of a run tell each other with every call."""
+        if self.stage != "fit":
+            return f"in {self.stage}" + ("" if self.evaluated is None else f", batch {self.evaluated}")
+        progress = self.trainer.progress
+        return f"in training step {progress.batch_idx} of epoch {progress.epoch}{self.remark}"
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
         """Call the overridden hooks `name`: callbacks first, then the module."""
@@ -195,6 +206,7 @@ class TrainerState(LightningAttributes):
     gradient_clip_algorithm: str | None
     log_every_n_steps: int
     nonfinite_loss: str
+    check_replicas: str
     inference_mode: bool
     options: Options
 

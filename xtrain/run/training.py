@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from xtrain.data.batches import empty_loader
+from xtrain.errors import explain
+from xtrain.run.agreement import end_epoch, meet, stops
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.batches import BATCH_OF_NONE, detached_outputs, unchanged_random_numbers
 from xtrain.run.evaluation import accept_arguments, evaluate
@@ -37,6 +39,7 @@ def train(run: Run) -> None:
             metrics.send_epoch(progress.global_step, progress.epoch)
             if automatic is not None:
                 automatic.end_epoch(skipped)
+            end_epoch(run)
             progress.epoch += 1
         _look_at(run, metrics.flush(progress.global_step, progress.epoch))
     run.call("on_train_end")
@@ -49,7 +52,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
     at_start, at_end = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
     progress, counted = trainer.progress, int(trainer.step_counting == "training")
     run.call("on_train_epoch_start")
-    progress.batch_idx, progress.first_batch = -1, progress.batches
+    progress.batch_idx, progress.first_batch, run.remark = -1, progress.batches, ""
     for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
         progress.batch_idx, progress.is_last_batch, outputs = index, last, None
         if batch is None and plan.loader is not None:
@@ -58,6 +61,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             batch = run.transfer(batch, 0)
             metrics.set_batch(batch)
             if at_start and -1 in run.call("on_train_batch_start", batch, index):
+                run.remark = ", which on_train_batch_start ended by -1"
                 return True
             metrics.hook("training_step")
             with backend.forward_context():
@@ -78,8 +82,22 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             evaluate(run, "validate", plan.val_loaders)
         plan.steps_left -= 1
         if _finished(run):
-            break
+            return False
+    _end_early(run)
     return False
+
+
+def _end_early(run: Run) -> None:
+    """Validate, if it is time, after an epoch with fewer batches than the loader's length."""
+    progress, plan = run.trainer.progress, run.plan
+    if progress.batch_idx < 0 or progress.is_last_batch:
+        return
+    received = f"{progress.batch_idx + 1}, and no more"
+    fix = "__len__ that counts what __iter__ gives, or none at all"
+    run.life.warn_once(explain(f"{plan.batches} batches, as len(loader) says", received, fix))
+    progress.is_last_batch = True
+    if plan.val_loaders and _validation_due(run):
+        evaluate(run, "validate", plan.val_loaders)
 
 
 def _finished(run: Run) -> bool:
@@ -91,13 +109,15 @@ def _finished(run: Run) -> bool:
 def _stopped(run: Run) -> bool:
     """Return whether somebody has stopped the training, and it has gone on for as long as it was to."""
     trainer, progress = run.trainer, run.trainer.progress
-    return trainer.should_stop and trainer.options.may_stop(progress.epoch, progress.global_step)
+    return stops(run) and trainer.options.may_stop(progress.epoch, progress.global_step)
 
 
 def _look_at(run: Run, checks: dict[str, float]) -> None:
     """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
     if "loss" in checks:
         run.life.check_finite(checks["loss"])
+    if not run.backend.collectives.meets_in_steps:
+        meet(run, "go on from a log point")
 
 
 def _validation_due(run: Run) -> bool:
