@@ -1,6 +1,7 @@
 """The wheel, built from the sdist and installed in a new virtual environment, works away from the sources."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_wheel_trains_away_from_the_sources(installed, tmp_path):
 
 
 def test_command_of_the_wheel(installed, tmp_path):
-    assert "| `cpu` | yes |" in run(installed.with_name("xtrain"), "backends", cwd=tmp_path)
+    assert re.search(r"^cpu +yes", run(installed.with_name("xtrain"), "backends", cwd=tmp_path), re.MULTILINE)
 
 
 @pytest.mark.timeout(900)
