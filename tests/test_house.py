@@ -258,14 +258,14 @@ def test_file_fits_its_reader(path):
     assert [(name, lines) for name, lines in functions(path) if lines > 60] == []
 
 
-LIFE = [*(f"xtrain/{name}.py" for name in ("contract", "optimizer", "toggle", "precision", "scaler", "module"))]
-LIFE += ["backends/eager/backend.py"]
+LIFE = ("contract", "optimizer", "life", "guard", "toggle", "precision", "scaler", "module")
 
 
 def test_what_a_gradient_passes_through_is_read_in_an_afternoon():
-    """At most 1,500 lines, examples aside: the contract holds the rules' types and the verbs of checkpoints, too."""
-    paths = [ROOT / name for name in LIFE]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) - examples_in(path) for path in paths) <= 1500
+    """At most 1,750 lines, examples aside."""
+    paths = [*(ROOT / "xtrain" / f"{name}.py" for name in LIFE), ROOT / "backends" / "eager" / "backend.py"]
+    lines = {str(p): len(p.read_text(encoding="utf-8").splitlines()) - examples_in(p) for p in paths}
+    assert sum(lines.values()) <= 1750, lines
 
 
 def test_functions_are_short():
