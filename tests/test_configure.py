@@ -208,6 +208,7 @@ def test_nonsense_is_refused_before_the_first_batch_and_the_module_stays_usable(
     assert module.seen == [0, 1, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:Expected optimizer 1")
 def test_several_optimizers_come_back_in_their_order():
     class Two(Small):
         def training_step(self, batch, batch_idx):
@@ -227,6 +228,7 @@ def test_several_optimizers_come_back_in_their_order():
     assert [id(s) for s in module.schedules] == [id(s) for s in module.steps]
 
 
+@pytest.mark.filterwarnings("ignore:Expected an optimizer from")
 def test_without_optimizers_the_step_still_runs():
     class Frozen(Small):
         def training_step(self, batch, batch_idx):

@@ -261,10 +261,22 @@ def test_datamodule_gives_the_evaluation_loaders(keyword):
     assert stages == ["validate", "test", "predict"]
 
 
-def test_loader_given_goes_before_the_datamodule():
-    module = Evaluating()
-    trainer().fit(module, loader(3), datamodule=Data())
-    assert module.seen == [0, 1, 2]
+@pytest.mark.parametrize("given", [{"train_dataloaders": 0}, {"val_dataloaders": 0}])
+def test_loaders_beside_a_datamodule_are_refused(given):
+    loaders = {name: loader(3) for name in given}
+    with pytest.raises(ConfigurationError) as caught:
+        trainer().fit(Evaluating(), **loaders, datamodule=Data())
+    says(caught.value, "a loader or a datamodule that makes it", "both, so that Data.", "would be ignored")
+    for verb in ("validate", "test", "predict"):
+        with pytest.raises(ConfigurationError, match="a loader or a datamodule"):
+            getattr(trainer(), verb)(Evaluating(), loader(3), datamodule=Data())
+
+
+@pytest.mark.parametrize("wrong", [5, Data])
+def test_a_datamodule_that_is_none(wrong):
+    with pytest.raises(ConfigurationError) as caught:
+        trainer().fit(Evaluating(), datamodule=wrong)
+    says(caught.value, "a LightningDataModule", "datamodule=MyData()")
 
 
 def test_module_that_does_not_validate_trains_with_a_datamodule_that_could():

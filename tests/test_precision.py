@@ -111,7 +111,10 @@ def test_nothing_is_left_behind(precision, place):
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
 def test_backward_and_step_run_in_full_precision(precision):
-    """Autocast in a backward would cast twice; torch's own advice is to leave it off there."""
+    """Autocast in a backward would cast twice; torch's own advice is to leave it off there.
+
+    The default dtype is the forward's: what is computed again there must be the same.
+    """
     found = []
 
     class Square(torch.autograd.Function):
@@ -140,7 +143,8 @@ def test_backward_and_step_run_in_full_precision(precision):
 
     scaling = {"scaler_kwargs": {"init_scale": 4.0}} if precision == "16-mixed" else {}
     trained(module=Custom(), precision=precision, limit_train_batches=1, **scaling)
-    assert found == [(False, torch.float32)] * 2
+    forward = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert found == [(False, forward), (False, torch.float32)]
 
 
 def test_forward_without_gradients_then_with():

@@ -102,6 +102,10 @@ class LightningOptimizer:
         """Return whether a ``"step"`` of the raw optimizer, or a ``"backward"``, that happens now is xtrain's."""
         return self._stepping if verb == "step" else self._life.in_backward
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle has the raw optimizer, and is free of the run.
+        return {**{k: v for k, v in vars(self).items() if k not in ("_life", "_backend")}, "seen": None}
+
     def __repr__(self) -> str:
         position = next((i for i, o in enumerate(self._life.optimizers) if o is self), "?")
         return f"optimizer {position if self.name is None else self.name!r} ({type(self.optimizer).__name__})"

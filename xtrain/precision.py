@@ -48,9 +48,16 @@ class Precision:
         return torch.autocast(device_type, dtype=self.autocast_dtype, cache_enabled=False)
 
     def suspended(self, device_type: str) -> AbstractContextManager[Any]:
-        """Return the context of a backward pass or an optimizer step: what `forward_context` set is off."""
+        """Return the context of an optimizer step: what `forward_context` set is off."""
         if self.parameter_dtype is not None:
             return default_dtype(torch.float32)
+        return self.backward_context(device_type)
+
+    def backward_context(self, device_type: str) -> AbstractContextManager[Any]:
+        """Return the context of a backward pass: without autocast, but with the forward's default dtype.
+
+        Activation checkpointing runs a forward again there; it restores autocast by itself.
+        """
         if self.autocast_dtype is None:
             return _NO_CONTEXT
         return torch.autocast(device_type, enabled=False)

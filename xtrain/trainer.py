@@ -25,6 +25,7 @@ from xtrain.loggers import Logger, as_loggers
 from xtrain.loggers.silent import SilentLogger
 from xtrain.module import LightningModule
 from xtrain.registry import make_backend
+from xtrain.run.checks import check_datamodule
 from xtrain.run.evaluation import evaluate
 from xtrain.run.options import OptionArguments, Options, read_options
 from xtrain.run.plan import plan_fit
@@ -214,6 +215,8 @@ class Trainer(TrainerState):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
+        given = {"train_dataloader": train_dataloaders, "val_dataloader": val_dataloaders}
+        check_datamodule(given, datamodule)
         check_count("steps", steps, 1)
         plan = partial(plan_fit, train=train_dataloaders, val=val_dataloaders, steps=steps)
         with started_run(self, "fit", model, datamodule, plan) as run:
@@ -255,6 +258,7 @@ class Trainer(TrainerState):
     def _evaluate(self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
+        check_datamodule({f"{'val' if stage == 'validate' else stage}_dataloader": loaders}, datamodule)
         with started_run(self, stage, self.lightning_module if model is None else model, datamodule) as run:
             found = run.read_loaders(stage, loaders)
             if not found:

@@ -159,7 +159,7 @@ class DeepSpeed(ScalingBackend):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        with self.precision.suspended(self.device.type):
+        with self.precision.backward_context(self.device.type):
             if self._sharded is None:
                 loss.backward(*args, **kwargs)
             else:

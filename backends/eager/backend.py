@@ -72,7 +72,7 @@ class EagerBackend(ScalingBackend):
             loss.backward(*args, **kwargs)
             return
         restored = [] if self.scaler is None else self.scaler.restore(self._optimizers)
-        with self.precision.suspended(self.device.type):
+        with self.precision.backward_context(self.device.type):
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(*args, **kwargs)
         if self.scaler is not None:
             self.scaler.settle(restored)

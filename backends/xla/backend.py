@@ -199,7 +199,7 @@ class XLA(Backend):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._guard.verb("backward", None)
         self._guard.loss(loss)
-        with self.precision.suspended(self.device.type):
+        with self.precision.backward_context(self.device.type):
             loss.backward(*args, **kwargs)
 
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:

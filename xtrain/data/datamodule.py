@@ -29,6 +29,10 @@ class LightningDataModule(KeepsHyperParameters, BatchHooks):
 
     trainer: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader workers may get it, and copies are free of the run.
+        return {**self.__dict__, "trainer": None}
+
     def prepare_data(self) -> None:
         """Download or write files; runs on rank 0 only."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from xtrain.data.batches import empty_loader, limited, nothing_left, size_of, with_last
+from xtrain.errors import ConfigurationError, explain
 from xtrain.run.agreement import meet
 from xtrain.run.state import Run
 
@@ -38,7 +40,7 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
         run.call("on_validation_model_zero_grad")
     metric_stage: Any = stage if stage != "predict" else "idle"
     meet(run, f"begin {name}")
-    with run.metrics.stage(metric_stage), _in_eval_mode(run, name), _stage(run, stage):
+    with run.metrics.stage(metric_stage), _stage(run, stage), _in_eval_mode(run, name):
         run.call(f"on_{name}_start")
         run.call(f"on_{name}_epoch_start")
         outputs = [_over_loader(run, kind, step, loader, i, several, limit) for i, loader in enumerate(loaders)]
@@ -105,7 +107,8 @@ def _in_eval_mode(run: Run, name: str) -> Iterator[None]:
     modes = [(m, m.training) for m in run.module.modules()]
     if not run.hooks[f"on_{name}_model_eval"]:
         run.module.eval()
-    faster = run.trainer.inference_mode and run.backend.capabilities.inference_mode
+    # The sanity check may be the first forward: what a module makes there once is used in training.
+    faster = run.trainer.inference_mode and run.backend.capabilities.inference_mode and run.stage != "sanity"
     no_gradients = torch.inference_mode() if faster else torch.no_grad()
     try:
         with no_gradients:
@@ -120,11 +123,22 @@ def _in_eval_mode(run: Run, name: str) -> Iterator[None]:
 
 
 def accept_arguments(step: Any, count: int) -> Any:
-    """Return `step` callable with `count` positional arguments, though it may declare fewer."""
+    """Return `step` callable with `count` positional arguments, though it may declare fewer.
+
+    Raises:
+        ConfigurationError: if it declares more, or takes keywords only.
+    """
     code = getattr(getattr(step, "__func__", step), "__code__", None)
     if code is None or code.co_flags & 0x04:  # not a plain function, or it takes *args
         return step
     declared = code.co_argcount - (1 if hasattr(step, "__self__") else 0)
+    try:
+        inspect.signature(step).bind(*range(min(declared, count)))
+    except TypeError as error:
+        received = f"{step.__name__}{inspect.signature(step)}"
+        line = f"def {step.__name__}(self, batch, batch_idx): ..."
+        expected = f"{step.__name__} with at most {count} arguments, by position"
+        raise ConfigurationError(explain(expected, received, line)) from error
     if declared >= count:
         return step
     return lambda *arguments: step(*arguments[:declared])

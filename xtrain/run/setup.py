@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from xtrain.callbacks.base import Callback
 from xtrain.configure import NamedOptimizers, check_monitors, names_of, read_optimizers
 from xtrain.contract import Backend, Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
-from xtrain.errors import BackendUnavailableError, ConfigurationError, explain
+from xtrain.errors import BackendUnavailableError, ProtocolError, explain
 from xtrain.hooks import collect_hooks, is_overridden
 from xtrain.launch.join import fail_as_one
 from xtrain.life import GradientLife
@@ -19,9 +19,12 @@ from xtrain.module import LightningModule
 from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
 from xtrain.run.agreement import introduce
+from xtrain.run.checks import check_idle, check_methods, warn_of_strangers
 from xtrain.run.state import FitPlan, Run, TrainerState
 from xtrain.run.switches import in_effect
 from xtrain.stages import TrainerFn
+
+_LOG = logging.getLogger("xtrain")
 
 
 @contextmanager
@@ -45,8 +48,9 @@ def started_run(
         BackendUnavailableError: if the backend cannot run on this machine.
         UnsupportedCombinationError: with every violated rule.
         ConfigurationError: if `module` is no LightningModule, or returns nonsense.
+        ProtocolError: if Trainer or module are in a run already.
     """
-    _check_module(module)
+    check_idle(trainer, module)
     backend = trainer.backend
     reason = type(backend).available()
     if reason is not None:
@@ -71,12 +75,38 @@ def started_run(
             yield run
         except BaseException as error:
             run.failed = True
-            for logger in run.metrics.loggers:
-                logger.finalize("failed")
-            run.call("on_exception", error)
+            try:
+                run.call("on_exception", error)  # first: people save there what can be saved
+            finally:
+                _finalize_loggers(run, "failed")
+            _explain_inference_tensors(error)
             raise
-        for logger in run.metrics.loggers:
-            logger.finalize("success")
+        _finalize_loggers(run, "success")
+
+
+def _finalize_loggers(run: Run, status: str) -> None:
+    """End every logger, also if another one fails; after a failed run that is told, but does not hide its error."""
+    failures = []
+    for logger in run.metrics.loggers:
+        try:
+            logger.finalize(status)
+        except Exception as failure:
+            failures.append(failure)
+            _LOG.error("%s could not end its log", type(logger).__name__, exc_info=failure)
+    if failures and status == "success":
+        raise failures[0]
+
+
+def _explain_inference_tensors(error: BaseException) -> None:
+    """Say why torch refuses to train on a tensor that an evaluation made.
+
+    Raises:
+        ProtocolError: if that is what `error` says.
+    """
+    if isinstance(error, RuntimeError) and "nference tensor" in str(error):
+        fix = "Trainer(inference_mode=False), or make that tensor in __init__ or configure_model"
+        received = f"one kept from an evaluation: {error}"
+        raise ProtocolError(explain("tensors that training may use", received, fix)) from error
 
 
 def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodule: LightningDataModule | None) -> Run:
@@ -148,6 +178,9 @@ def _end(run: Run) -> None:
 
 def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     module = run.module
+    check_methods(module, run.datamodule, run.trainer.callbacks)
+    for logger in run.metrics.loggers:
+        logger.prepare()
     _prepare_data(run)
     if run.datamodule is not None:
         run.datamodule.setup(run.called)
@@ -193,6 +226,7 @@ def _set_up_optimizers(run: Run) -> None:
             devices=trainer.backend.devices,
         )
     )
+    warn_of_strangers(module, optimizers)
     wrapped = run.life.optimizers
     names = names_of(returned)
     for index, optimizer in enumerate(optimizers):
@@ -200,12 +234,3 @@ def _set_up_optimizers(run: Run) -> None:
     for part in _lightning_modules(module):
         part._optimizers = wrapped[0] if len(wrapped) == 1 and names is None else NamedOptimizers(wrapped)
     trainer.backend.setup_optimizers(module, wrapped)
-
-
-def _check_module(module: Any) -> None:
-    if not isinstance(module, LightningModule):
-        fix = "class Model(xtrain.LightningModule): ..."
-        raise ConfigurationError(explain("a LightningModule", f"{type(module).__name__}", fix))
-    if "_modules" not in vars(module):
-        fix = "def __init__(self): super().__init__(); ..."
-        raise ConfigurationError(explain(f"{type(module).__name__} to call super().__init__()", "it did not", fix))

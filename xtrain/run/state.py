@@ -121,6 +121,7 @@ class Run:
         failed: whether it ended by an exception.
         evaluated: the current batch of an evaluation, from 0; None between them.
         remark: what has just changed the course of the training, for messages.
+        watch: looks whether a fit trains anything, see `xtrain.run.checks.IdleWatch`.
     """
 
     trainer: TrainerState
@@ -139,6 +140,7 @@ class Run:
     failed: bool = False
     evaluated: int | None = None
     remark: str = ""
+    watch: Callable[[], None] = lambda: None
 
     def read_loaders(self, stage: str, given: Any) -> list[Any]:
         """Return the loaders of `stage` for this rank; see `xtrain.data.loaders.read_loaders`."""

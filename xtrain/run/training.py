@@ -10,6 +10,7 @@ from xtrain.errors import explain
 from xtrain.run.agreement import end_epoch, meet, stops
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.batches import BATCH_OF_NONE, detached_outputs, unchanged_random_numbers
+from xtrain.run.checks import IDLE_BATCHES, IdleWatch
 from xtrain.run.evaluation import accept_arguments, evaluate
 from xtrain.run.plan import reload_if_due
 from xtrain.run.state import Run
@@ -26,6 +27,7 @@ def train(run: Run) -> None:
             run.call("on_sanity_check_start")
             evaluate(run, "sanity", plan.val_loaders)
             run.call("on_sanity_check_end")
+    run.watch = IdleWatch(run).look
     with metrics.stage("train"):
         run.call("on_train_start")
         first = progress.epoch
@@ -34,6 +36,7 @@ def train(run: Run) -> None:
             skipped = _train_epoch(run, automatic or training_step)
             if progress.batch_idx < 0:
                 raise empty_loader("training")
+            run.watch()
             metrics.reduce_epoch()
             run.call("on_train_epoch_end")
             metrics.send_epoch(progress.global_step, progress.epoch)
@@ -102,6 +105,8 @@ def _end_early(run: Run) -> None:
 
 def _finished(run: Run) -> bool:
     trainer, plan = run.trainer, run.plan
+    if trainer.progress.batch_idx == IDLE_BATCHES:
+        run.watch()
     done = plan.steps_left <= 0 or 0 <= trainer.max_steps <= trainer.progress.global_step
     return done or _stopped(run) or plan.batches == 0
 

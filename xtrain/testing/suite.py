@@ -73,6 +73,8 @@ class BackendConformance:
         sequence_examples: how many random programs to run per precision.
     """
 
+    pytestmark: ClassVar = pytest.mark.filterwarnings("ignore:Expected a step of an optimizer")  # some train nothing
+
     backend: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("32-true",)
     options: ClassVar[Mapping[str, Any]] = {}
