@@ -409,16 +409,16 @@ def test_a_training_is_logged_to_all_loggers(tmp_path):
     text, board = CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
     trainer_with(text, board).fit(Counting(), [torch.ones(2)] * 4)
     assert [(row["step"], row["epoch"], row["count_step"], row["count_epoch"]) for row in table(text)] == [
-        ("2", "0", "2.0", ""),
-        ("4", "0", "4.0", ""),
-        ("4", "0", "", "2.5"),
-        ("6", "1", "6.0", ""),
-        ("8", "1", "8.0", ""),
-        ("8", "1", "", "6.5"),
+        ("1", "0", "2.0", ""),
+        ("3", "0", "4.0", ""),
+        ("3", "0", "", "2.5"),
+        ("5", "1", "6.0", ""),
+        ("7", "1", "8.0", ""),
+        ("7", "1", "", "6.5"),
     ]
     events = EventAccumulator(board.log_dir).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("count_step")] == [(2, 2), (4, 4), (6, 6), (8, 8)]
-    assert [(event.step, event.value) for event in events.Scalars("count_epoch")] == [(4, 2.5), (8, 6.5)]
+    assert [(event.step, event.value) for event in events.Scalars("count_step")] == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    assert [(event.step, event.value) for event in events.Scalars("count_epoch")] == [(3, 2.5), (7, 6.5)]
 
 
 def test_a_training_that_fails_has_written_what_it_logged(tmp_path):
@@ -431,10 +431,30 @@ def test_a_training_that_fails_has_written_what_it_logged(tmp_path):
 def test_log_points_do_not_start_over_with_each_epoch(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer_with(logger, every=3).fit(Counting(), [torch.ones(2)] * 2)
-    assert [row["step"] for row in table(logger) if row["count_step"]] == ["2", "3", "4"]
+    assert [row["step"] for row in table(logger) if row["count_step"]] == ["1", "2", "3"]
 
 
 def test_hyperparameters_reach_the_loggers(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer_with(logger).fit(Counting(fail_at=50), [torch.ones(2)])
     assert json.loads((Path(logger.log_dir) / "hparams.json").read_text()) == {"fail_at": 50}
+
+
+class Windows(Counting):
+    """Automatic optimization, which may accumulate."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = True
+
+    def training_step(self, batch, batch_idx):
+        self.log("loss", float(batch_idx))
+        return self.w * batch.sum()
+
+
+def test_the_axis_counts_batches_and_those_that_are_accumulated_as_one(tmp_path):
+    logger = CSVLogger(tmp_path)
+    options = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "logger": logger, "enable_progress_bar": False}
+    Trainer("cpu", max_epochs=2, **options).fit(Windows(), [torch.ones(2)] * 3)
+    found = [(row["step"], row["epoch"], row["loss"]) for row in table(logger)]
+    assert found == [("0", "0", "1.0"), ("1", "0", "2.0"), ("2", "1", "1.0"), ("3", "1", "2.0")]

@@ -216,8 +216,7 @@ class MetricLog(Logs):
         agreed = agree_on_epoch(stage, self._ranks)
         for metric in sorted(metrics, key=attrgetter("key")):  # torchmetrics talks to the other ranks, too
             metric.compute_source()
-        # Step values alone can wait for the next log point: an epoch may be a single batch.
-        if any(metric.waiting or (metric.shared and metric.fresh) for metric in metrics):
+        if any(metric.waiting or metric.fresh for metric in metrics):
             self._read([])
         reduced = [metric for metric in metrics if metric.read and metric.result is None]
         local = values_of_epoch(stage, reduced)

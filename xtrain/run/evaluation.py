@@ -51,7 +51,7 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
             return outputs if several else outputs[0]
         run.metrics.reduce_epoch()
         run.call(f"on_{name}_epoch_end")
-        run.metrics.send_epoch(run.trainer.global_step, run.trainer.current_epoch)
+        run.metrics.send_epoch(run.log_step, run.trainer.current_epoch)
         results = run.metrics.by_loader
         run.call(f"on_{name}_end")
     meet(run, f"end {name}")
@@ -78,7 +78,7 @@ def _over_loader(
             output = step(batch, batch_idx, *which)
         run.backend.step_boundary()
         run.call(f"on_{name}_batch_end", output, batch, batch_idx, index)
-        run.metrics.flush_step(run.trainer.global_step, run.trainer.current_epoch)
+        run.metrics.flush_step(run.log_step, run.trainer.current_epoch)
         if stage == "predict":
             outputs.append(output)
     run.evaluated = None

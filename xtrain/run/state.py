@@ -30,30 +30,10 @@ from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.precision import Precision
 from xtrain.run.options import Options
+from xtrain.run.progress import Progress as Progress
 from xtrain.stages import TrainerFn
 
 T = TypeVar("T")
-
-
-@dataclass
-class Progress:
-    """Where the training of a Trainer is.
-
-    Attributes:
-        epoch: the number of epochs that were finished, and so the current one, from 0.
-        global_step: training steps in which at least one optimizer stepped.
-        batches: training batches over all epochs.
-        first_batch: those of the epochs before this one.
-        batch_idx: the current batch of the epoch, from 0.
-        is_last_batch: whether it is the last of its epoch.
-    """
-
-    epoch: int = 0
-    global_step: int = 0
-    batches: int = 0
-    first_batch: int = 0
-    batch_idx: int = 0
-    is_last_batch: bool = False
 
 
 @dataclass
@@ -148,6 +128,12 @@ class Run:
         ranks = self.backend.collectives if options.use_distributed_sampler else Collectives()
         shuffles = not (options.overfit_batches and stage in ("fit", "validate"))
         return read_loaders(stage, given, (self.datamodule, self.module), ranks, shuffles)
+
+    @property
+    def log_step(self) -> int:
+        """The x-axis of the loggers between training steps: in a fit the number of the last one, from 0."""
+        steps = self.trainer.progress.logged_steps
+        return max(steps - 1, 0) if self.called == "fit" else steps
 
     @property
     def backend(self) -> Backend:
@@ -346,7 +332,7 @@ class TrainerState(LightningAttributes):
         if (
             self.is_global_zero
             and not self.sanity_checking
-            and not show_images(self.loggers, key, images, self.global_step)
+            and not show_images(self.loggers, key, images, self.progress.logged_steps)
         ):
             fix = "Trainer(logger=TensorBoardLogger('logs'))"
             self.life.warn_once(explain("a logger that shows images", f"log_image({key!r}, ...) without one", fix))

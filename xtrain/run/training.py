@@ -39,12 +39,12 @@ def train(run: Run) -> None:
             run.watch()
             metrics.reduce_epoch()
             run.call("on_train_epoch_end")
-            metrics.send_epoch(progress.global_step, progress.epoch)
+            metrics.send_epoch(run.log_step, progress.epoch)
             if automatic is not None:
                 automatic.end_epoch(skipped)
             end_epoch(run)
             progress.epoch += 1
-        _look_at(run, metrics.flush(progress.global_step, progress.epoch))
+        _look_at(run, metrics.flush(run.log_step, max(progress.epoch - 1, 0)))
     run.call("on_train_end")
     run.call("on_fit_end")
 
@@ -77,9 +77,9 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             run.call("on_train_batch_end", detached_outputs(outputs, trainer.accumulate_grad_batches), batch, index)
         if life.last_loss is not None:
             metrics.checks["loss"] = life.last_loss
-        checks = metrics.flush_step(progress.global_step, progress.epoch)
-        if checks:
-            _look_at(run, checks)
+        if not run.accumulating:
+            _look_at(run, metrics.flush_step(progress.logged_steps, progress.epoch))
+            progress.logged_steps += 1
         progress.batches += 1
         if plan.val_loaders and _validation_due(run):
             evaluate(run, "validate", plan.val_loaders)

@@ -1,0 +1,29 @@
+"""Where the training of a Trainer is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Where the training of a Trainer is.
+
+    Attributes:
+        epoch: the number of epochs that were finished, and so the current one, from 0.
+        global_step: training steps in which at least one optimizer stepped.
+        batches: training batches over all epochs.
+        first_batch: those of the epochs before this one.
+        batch_idx: the current batch of the epoch, from 0.
+        is_last_batch: whether it is the last of its epoch.
+        logged_steps: the x-axis of the loggers: training batches, those that automatic optimization accumulates
+            counted as one.
+    """
+
+    epoch: int = 0
+    global_step: int = 0
+    batches: int = 0
+    first_batch: int = 0
+    batch_idx: int = 0
+    is_last_batch: bool = False
+    logged_steps: int = 0
