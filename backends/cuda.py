@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from xtrain.checks import check_switch
 from xtrain.contract import Capabilities, Rule, Situation
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
@@ -50,7 +51,7 @@ class CUDA(EagerBackend):
 
     def __init__(self, pin_memory: bool = True, broadcast_start: bool = True, timeout: float = 600.0) -> None:
         super().__init__(broadcast_start, timeout)
-        self.pin_memory = pin_memory
+        self.pin_memory = check_switch("pin_memory", pin_memory, "CUDA")
 
     @classmethod
     def available(cls) -> str | None:

@@ -281,3 +281,82 @@ def test_automatic_step_that_returns_no_loss(returned):
     with pytest.raises(ConfigurationError) as caught:
         trained(module=Wrong())
     says(caught.value, type(returned).__name__, "return loss")
+
+
+# ---------------------------------------------------------------- arguments that mean nothing
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"backend": value} for value in (5, CPU, [])),
+        *({"backend": "cpu", "backend_options": value} for value in ("x", [1], {1: 1})),
+        *({"backend": "cpu", "backend_options": {"timeout": value}} for value in ("x", -1, 0, math.nan, True)),
+        *({"backend": "cpu", "backend_options": {"broadcast_start": value}} for value in ("no", 0, None)),
+        *({"backend": "tpu", "backend_options": {"strict": value}} for value in ("no", 1)),
+        *({"backend": "cuda", "backend_options": {"pin_memory": value}} for value in ("no", 1)),
+        *({"fast_dev_run": value} for value in ("yes", 2.7, -1)),
+        *({"default_root_dir": value} for value in (5, "")),
+        *({"enable_progress_bar": value} for value in ("no", 0)),
+        *({"inference_mode": value} for value in ("no", 1, None)),
+        *({"scaler_kwargs": value} for value in ([1], "x", {1: 2})),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_trainer_that_mean_nothing(wrong):
+    with pytest.raises(ConfigurationError) as caught:
+        trainer(**wrong)
+    says(caught.value)
+
+
+def test_a_class_is_told_to_be_called():
+    with pytest.raises(ConfigurationError, match=r"Fix:  Trainer\(backend=CPU\(\)\)"):
+        trainer(backend=CPU)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"init_scale": v} for v in (math.inf, math.nan, 0.0, -1.0, "a")]
+    + [{"growth_interval": v} for v in (0, -1, 2.5)]
+    + [{"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"scale": 2.0}],
+    ids=str,
+)
+def test_options_of_the_loss_scale_that_mean_nothing(options):
+    with pytest.raises(ConfigurationError) as caught:
+        trained(precision="16-mixed", scaler_kwargs=options)
+    says(caught.value, next(iter(options)))
+
+
+@pytest.mark.parametrize("name", ["device", "global_step", "optimizers", "log", "clip_gradients", "trainer"])
+def test_attributes_that_a_run_needs_are_not_overwritten(name):
+    with pytest.raises(ConfigurationError) as caught:
+        setattr(Small(), name, 5)
+    says(caught.value)
+
+
+def test_one_optimizer_returned_twice():
+    class Twice(Small):
+        def configure_optimizers(self):
+            return [super().configure_optimizers()] * 2
+
+    with pytest.raises(ConfigurationError) as caught:
+        trained(module=Twice())
+    says(caught.value, "each optimizer once", "one SGD twice")
+
+
+def test_frequency_of_an_optimizer_is_not_ignored():
+    class Frequency(Small):
+        def configure_optimizers(self):
+            return {"optimizer": super().configure_optimizers(), "frequency": 2}
+
+    with pytest.raises(ConfigurationError) as caught:
+        trained(module=Frequency())
+    says(caught.value, "'frequency': 2, which would be ignored", "if batch_idx % 2 == 0: opt.step()")
+
+
+def test_a_module_without_data_is_named():
+    module = Small()
+    module.net.to("meta")
+    with pytest.raises(ConfigurationError) as caught:
+        trained(module=module)
+    says(caught.value, "net.weight on the meta device", "to_empty")

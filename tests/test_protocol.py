@@ -236,3 +236,102 @@ def test_other_changes_in_place_keep_torchs_error():
     with pytest.raises(RuntimeError, match=r"^one of") as caught:
         trained(module=Doing(body))
     assert not isinstance(caught.value, ProtocolError)
+
+
+# ---------------------------------------------------------------- the optimizer's own step and methods
+
+
+class Own(torch.optim.SGD):
+    """Steps that take an argument, and half-steps, as of SAM."""
+
+    def step(self, closure=None, *, times=1):
+        for _ in range(times):
+            super().step(closure)
+
+    @torch.no_grad()
+    def half_step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=0.5 * group["lr"])
+
+    def look(self):
+        return len(self.param_groups)
+
+
+class WithOwn(Doing):
+    def configure_optimizers(self):
+        return Own(self.parameters(), lr=0.1)
+
+
+def by_hand(times):
+    reference = net()
+    for batch in loader():
+        for parameter, grad in zip(reference.parameters(), gradients(reference, batch), strict=True):
+            parameter.data.sub_(grad, alpha=0.1 * times)
+    return reference
+
+
+def gradients(layer, batch):
+    return torch.autograd.grad(layer(batch).pow(2).mean(), list(layer.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, SCALED], ids=["32-true", "16-mixed"])
+def test_keyword_arguments_reach_the_optimizers_own_step(options):
+    def body(module, opt, batch):
+        opt.zero_grad()
+        module.manual_backward(module.loss(batch).float())
+        assert opt.step(times=3) is True
+
+    module, _ = trained(module=WithOwn(body), **options)
+    assert_equal(module.net, by_hand(3), 1e-2 if options else 1e-6)
+
+
+def test_half_steps_train_and_count_where_nothing_is_lost():
+    def body(module, opt, batch):
+        opt.zero_grad()
+        module.manual_backward(module.loss(batch))
+        assert opt.look() == 1
+        opt.half_step()
+
+    module, run = trained(module=WithOwn(body))
+    assert_equal(module.net, by_hand(0.5))
+    assert run.global_step == 4
+
+
+@pytest.mark.parametrize("finalized", [True, False])
+def test_half_steps_are_refused_under_a_loss_scale(finalized):
+    def body(module, opt, batch):
+        opt.zero_grad()
+        assert opt.look() == 1  # no gradients, no question
+        module.manual_backward(module.loss(batch))
+        if finalized:
+            opt.finalize()
+        opt.half_step()
+
+    with pytest.raises(ProtocolError) as caught:
+        trained(module=WithOwn(body), **SCALED)
+    says(caught.value, "opt.half_step(...)", "the loss scale", "one process without a loss scale")
+
+
+def test_an_edit_after_finalize_is_what_steps():
+    def body(module, opt, batch):
+        opt.zero_grad()
+        module.manual_backward(module.loss(batch).float())
+        assert opt.finalize() is True
+        for parameter in module.parameters():
+            parameter.grad.mul_(3)
+        opt.step()
+
+    module, _ = trained(module=Doing(body), **SCALED)
+    assert_equal(module.net, by_hand(3), 1e-2)
+
+
+def test_dropping_a_gradient_is_no_edit():
+    def body(module, opt, batch):
+        opt.zero_grad()
+        module.manual_backward(module.loss(batch))
+        module.net.bias.grad = None
+        assert opt.step() is True
+
+    module, _ = trained(module=Doing(body), **SCALED)
+    assert torch.equal(module.net.bias, net().bias)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from xtrain.errors import ConfigurationError, explain
@@ -56,3 +60,31 @@ def check_clip_value(value: Any) -> float:
     if not value > 0:  # also catches NaN
         raise ConfigurationError(explain("a gradient_clip_val above zero", value, fix))
     return float(value)
+
+
+def check_switch(flag: str, value: Any, caller: str = "Trainer") -> bool:
+    """Return `value`, which is True or False: any text would count as True."""
+    if isinstance(value, bool):
+        return value
+    raise ConfigurationError(explain(f"{flag} as True or False", repr(value), f"{caller}({flag}=True)"))
+
+
+def check_timeout(value: Any, caller: str) -> timedelta:
+    """Return `value`, a number of seconds above 0, as a duration."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return timedelta(seconds=value)
+    raise ConfigurationError(explain("timeout as seconds above 0", repr(value), f"{caller}(timeout=600.0)"))
+
+
+def check_folder(flag: str, value: Any) -> Any:
+    """Return `value`, which is None or the path of a folder."""
+    if value is None or (isinstance(value, str | os.PathLike) and os.fspath(value)):
+        return value
+    raise ConfigurationError(explain(f"{flag} as the path of a folder", repr(value), f"Trainer({flag}='runs')"))
+
+
+def check_options(flag: str, value: Any) -> Any:
+    """Return `value`, which is None or a dict of options by name."""
+    if value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+        return value
+    raise ConfigurationError(explain(f"{flag} as a dict of options by name", repr(value), f"Trainer({flag}={{...}})"))

@@ -57,6 +57,9 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerCon
     optimizers, schedulers = _split(_unwrapped(returned))
     for index, optimizer in enumerate(optimizers):
         _check_unique_parameters(index, optimizer)
+        if any(optimizer is other for other in optimizers[:index]):
+            received = f"one {type(optimizer).__name__} twice, the second time at position {index}"
+            raise ConfigurationError(explain("each optimizer once from configure_optimizers", received, _EXAMPLE))
     for config in schedulers:
         owner = getattr(config.scheduler, "optimizer", None)
         if not any(owner is o for o in optimizers):
@@ -165,6 +168,10 @@ def _read_items(
             raise _nonsense(f"{where}, keys {unknown},", item)
         if not isinstance(item.get("optimizer"), Optimizer):
             raise _nonsense(f"{where}['optimizer']", item.get("optimizer"))
+        if item.get("frequency") not in (None, 1):
+            fix = "if batch_idx % 2 == 0: opt.step(), or 'lr_scheduler': {'scheduler': scheduler, 'frequency': 2}"
+            received = f"'frequency': {item['frequency']!r}, which would be ignored"
+            raise ConfigurationError(explain(f"a training step that decides when {where} steps", received, fix))
         optimizers.append(item["optimizer"])
         if item.get("lr_scheduler") is not None:
             schedulers.append(_scheduler(item["lr_scheduler"], f"{where}['lr_scheduler']", item.get("monitor")))

@@ -24,6 +24,10 @@ from xtrain.tensors import map_tensors
 if TYPE_CHECKING:
     from xtrain.trainer import Trainer
 
+_VERBS = frozenset(
+    {"optimizers", "lr_schedulers", "manual_backward", "clip_gradients", "log", "log_dict", "all_gather", "print"}
+)
+
 
 class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
     """A `torch.nn.Module` with a training step.
@@ -70,7 +74,18 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
                     "def __init__(self): super().__init__(); ...",
                 )
             )
-        super().__setattr__(name, value)
+        if name in _VERBS and not callable(value):
+            received, fix = f"self.{name} = {value!r:.40}, which hides the verb", f"self.my_{name} = ..."
+            raise ConfigurationError(explain("another name for an attribute", received, fix))
+        try:
+            super().__setattr__(name, value)
+        except AttributeError as error:
+            if not isinstance(getattr(type(self), name, None), property):
+                raise
+            received = f"self.{name} = {value!r:.40}, which xtrain reads from the run"
+            raise ConfigurationError(
+                explain("another name for an attribute", received, f"self.my_{name} = ...")
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the module is free of the run it was made in.
@@ -136,6 +151,9 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
+        if trainer is not None and not hasattr(trainer, "fit"):
+            fix = "Trainer(max_epochs=1).fit(module), which sets it"
+            raise ConfigurationError(explain("a Trainer as self.trainer", repr(trainer), fix))
         self._trainer = trainer
 
     def _active(self, verb: str) -> GradientLife:

@@ -122,12 +122,7 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
             raise ConfigurationError(explain("no backend_options beside a backend instance", options, fix))
         validate_backend(type(backend))
         return backend
-    if not isinstance(backend, str):
-        raise ConfigurationError(
-            explain(
-                "a backend's name or an instance of xtrain.contract.Backend", repr(backend), "Trainer(backend='cpu')"
-            )
-        )
+    check_backend(backend)
     cls = get_backend_class(backend)
     _check_options(backend, cls, options)
     return cls(**options)
@@ -141,6 +136,19 @@ def third_party_backends() -> list[type[Backend]]:
         with suppress(XTrainError):  # `xtrain backends` tells what is wrong with it
             found.append(get_backend_class(name))
     return list(dict.fromkeys(found))
+
+
+def check_backend(backend: Any) -> Any:
+    """Return `backend`, which is None, a name, or an instance.
+
+    Raises:
+        ConfigurationError: for anything else, a class included.
+    """
+    if backend is None or isinstance(backend, str | Backend):
+        return backend
+    expected = "a backend's name or an instance of xtrain.contract.Backend"
+    made = f"{backend.__name__}()" if isinstance(backend, type) else "'cpu'"
+    raise ConfigurationError(explain(expected, repr(backend), f"Trainer(backend={made})"))
 
 
 def register_backend(cls: B) -> B:

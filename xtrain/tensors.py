@@ -85,7 +85,16 @@ def moved(data: Any, device: torch.device) -> Any:
 
 
 def move_module(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Move `module` to `device`, its real floating-point tensors in `dtype`; complex ones stay complex."""
+    """Move `module` to `device`, its real floating-point tensors in `dtype`; complex ones stay complex.
+
+    Raises:
+        ConfigurationError: for a tensor without data, on the meta device.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    meta = next((name for name, tensor in named if tensor.is_meta and device.type != "meta"), None)
+    if meta is not None:
+        fix = f"module.to_empty(device={device.type!r}) and an initialisation before the run"
+        raise ConfigurationError(explain("a module whose tensors have data", f"{meta} on the meta device", fix))
     module.to(device)
     if dtype is not None:
         module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

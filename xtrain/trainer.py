@@ -12,7 +12,16 @@ from typing_extensions import Unpack
 
 from xtrain.callbacks.base import Callback
 from xtrain.callbacks.progress import ProgressBar
-from xtrain.checks import check_choice, check_clip_value, check_count, check_interval, check_limit
+from xtrain.checks import (
+    check_choice,
+    check_clip_value,
+    check_count,
+    check_folder,
+    check_interval,
+    check_limit,
+    check_options,
+    check_switch,
+)
 from xtrain.compat.arguments import check_arguments, read_devices
 from xtrain.compat.backends import read_backend
 from xtrain.compat.environment import environment_defaults
@@ -24,7 +33,7 @@ from xtrain.launch.auto import resolve
 from xtrain.loggers import Logger, as_loggers
 from xtrain.loggers.silent import SilentLogger
 from xtrain.module import LightningModule
-from xtrain.registry import make_backend
+from xtrain.registry import check_backend, make_backend
 from xtrain.run.checks import check_datamodule
 from xtrain.run.evaluation import evaluate
 from xtrain.run.options import OptionArguments, Options, read_options
@@ -129,10 +138,12 @@ class Trainer(TrainerState):
             logger, enable_progress_bar, num_sanity_val_steps, log_every_n_steps
         )
         count = check_count("devices", read_devices(devices), 1)
-        chosen, options = read_backend(backend, accelerator, strategy, backend_options)
+        given = check_options("backend_options", backend_options)
+        chosen, options = read_backend(check_backend(backend), accelerator, strategy, given)
         chosen, self.precision = resolve(chosen, precision, count)
         self.backend = make_backend(chosen, options)
-        self.backend.precision, self.backend.scaler_kwargs = self.precision, scaler_kwargs
+        self.backend.precision = self.precision
+        self.backend.scaler_kwargs = check_options("scaler_kwargs", scaler_kwargs)
         self.backend.devices = count
         self._read_ends(fast_dev_run, max_epochs, max_steps)
         self.step_counting = check_choice("step_counting", str(step_counting), "training", "optimizer")
@@ -144,14 +155,15 @@ class Trainer(TrainerState):
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
         self.check_replicas = check_choice("check_replicas", str(check_replicas), "epoch", "off")
-        self.inference_mode = inference_mode
-        self._read_watching(callbacks, logger, enable_progress_bar is not False, log_every_n_steps, default_root_dir)
+        self.inference_mode = check_switch("inference_mode", inference_mode)
+        bar = enable_progress_bar is None or check_switch("enable_progress_bar", enable_progress_bar)
+        self._read_watching(callbacks, logger, bar, log_every_n_steps, default_root_dir)
         self.progress = Progress()
 
     def _read_watching(self, callbacks: Any, logger: Any, bar: bool, every: int | None, root: Any) -> None:
         """Set who watches a run: callbacks, loggers, the bar."""
         self.log_every_n_steps = check_count("log_every_n_steps", 50 if every is None else every, 0)
-        root = root or Path.cwd()
+        root = check_folder("default_root_dir", root) or Path.cwd()
         self.default_root_dir = os.path.expanduser(root)  # noqa: PTH111  # a Path would change "s3://bucket"
         loggers = as_loggers(logger, self.default_root_dir)
         self.loggers = [SilentLogger()] if self.fast_dev_run and loggers else loggers
@@ -159,8 +171,8 @@ class Trainer(TrainerState):
 
     def _read_ends(self, fast_dev_run: bool | int, max_epochs: int | None, max_steps: int | None) -> None:
         """Set how long a fit goes on; a fast run is one epoch of so many batches, whatever else was asked for."""
-        check_count("fast_dev_run", int(fast_dev_run), 0)
-        self.fast_dev_run = fast_dev_run
+        check_count("fast_dev_run", int(fast_dev_run) if isinstance(fast_dev_run, bool) else fast_dev_run, 0)
+        self.fast_dev_run = fast_dev_run or False
         self.max_epochs = check_count("max_epochs", max_epochs, -1)
         self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
         if fast_dev_run:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal, final
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtrain.checkpoint import named
+from xtrain.checks import check_timeout
 from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.launch.join import current_launch
@@ -72,7 +72,7 @@ class DeepSpeed(ScalingBackend):
         given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_param": offload_param}
         self.config = read_config(given, config, os.environ)
         self.stage: int = self.config["zero_optimization"]["stage"]
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout = check_timeout(timeout, "DeepSpeed")
         self._engines: dict[OptimizerHandle, OptimizerEngine] = {}
         self._sharded: ShardedModule | None = None
         self._attachments: Attachments | None = None

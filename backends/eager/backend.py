@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from xtrain.checks import check_switch, check_timeout
 from xtrain.contract import OptimizerHandle
 from xtrain.rules import reevaluates_closure
 from xtrain.scaler import LossScaler
@@ -40,8 +40,8 @@ class EagerBackend(ScalingBackend):
     _buffers: CommonBuffers | None = None  # of a training on several processes
 
     def __init__(self, broadcast_start: bool = True, timeout: float = 600.0) -> None:
-        self.broadcast_start = broadcast_start
-        self.timeout = timedelta(seconds=timeout)
+        self.broadcast_start = check_switch("broadcast_start", broadcast_start, type(self).__name__)
+        self.timeout = check_timeout(timeout, type(self).__name__)
 
     def _join(self, kind: Literal["gloo", "nccl"]) -> None:
         self.collectives = join_processes(kind, self.device, devices=self.devices, timeout=self.timeout)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from xtrain.checkpoint import named
+from xtrain.checks import check_switch
 from xtrain.collectives import Collectives
 from xtrain.contract import Backend, Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
@@ -87,7 +88,8 @@ class XLA(Backend):
             fix = "backend_options={'last_batch': 'drop'}"
             raise ConfigurationError(explain(f"last_batch out of {', '.join(LAST_BATCH)}", repr(last_batch), fix))
         self.axes = check_axes(mesh)
-        self.last_batch, self.strict, self.compile_cache = last_batch, strict, compile_cache
+        self.last_batch, self.compile_cache = last_batch, compile_cache
+        self.strict = check_switch("strict", strict, "XLA")
         self._steps: dict[int, Step | HostLBFGS] = {}
         self._optimizers: Sequence[OptimizerHandle] = ()
         self._hooks: list[Any] = []

@@ -65,7 +65,8 @@ def empty_loader(name: str) -> ConfigurationError:
     return ConfigurationError(
         explain(
             f"at least one batch from the {name} loader",
-            "none (is the dataset smaller than batch_size while drop_last=True, or a generator used up?)",
+            "none (a dataset smaller than batch_size while drop_last=True, or one that raises StopIteration? "
+            "a generator used up?)",
             "DataLoader(dataset, batch_size=64, drop_last=False)",
         )
     )
