@@ -8,7 +8,7 @@ from typing import Any, final
 import pytest
 import torch
 
-from xtrain import Trainer, registry
+from xtrain import Trainer, sources
 from xtrain.contract import Backend, Capabilities
 from xtrain.errors import (
     BackendContractError,
@@ -161,7 +161,7 @@ def test_a_package_whose_backend_breaks_when_it_is_asked_harms_its_own_row_only(
 @pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "wheel"])
 def test_installed_package_cannot_take_over_a_built_in_name(third_party, monkeypatch, tmp_path, value, checkout):
     if not checkout:
-        monkeypatch.setattr(registry, "_TABLE", tmp_path / "none")
+        monkeypatch.setattr(sources, "_TABLE", tmp_path / "none")
         third_party("cpu = xtrain_backends.cpu:CPU", dist="xtrain_torch")
     third_party(f"cpu = {value}", acme_cpu="")  # found before ours
     assert registered_backends()["cpu"] == "xtrain_backends.cpu:CPU"
@@ -188,7 +188,7 @@ def test_names_that_could_never_be_asked_for_are_broken(third_party, name):
 
 def test_another_project_of_the_same_import_name_is_told(third_party):
     third_party("", dist="xtrain")
-    registry._warn_of_namesake.cache_clear()
+    sources.warn_of_namesake.cache_clear()
     with pytest.warns(UserWarning, match=r"xtrain 1.0, another project.*\nFix:  pip uninstall xtrain"):
         make_backend("cpu")
 
@@ -208,7 +208,7 @@ def test_missing_dependency_gives_the_pip_line_and_the_cause(third_party, name, 
 def test_built_in_backend_with_a_missing_dependency_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "lacking.py").write_text("import absent_package")
     (tmp_path / "entry_points.ini").write_text("[xtrain.backends]\ntpu = lacking:TPU\n")
-    monkeypatch.setattr(registry, "_TABLE", tmp_path / "entry_points.ini")
+    monkeypatch.setattr(sources, "_TABLE", tmp_path / "entry_points.ini")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingDependencyError, match=r"pip install 'xtrain-torch\[tpu\]'"):
         get_backend_class("tpu")

@@ -14,15 +14,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from configparser import ConfigParser
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import cache
 from importlib import metadata
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any, TypeVar
 
 from xtrain.contract import Backend, Capabilities, Rule
@@ -35,13 +29,16 @@ from xtrain.errors import (
     explain,
 )
 from xtrain.precision import PRECISIONS
-
-GROUP = "xtrain.backends"
-RESERVED = frozenset({"auto"})  # a spelling of Trainer(backend=...), no backend
-_DISTRIBUTION = "xtrain-torch"  # "xtrain" on the public index is another project
-_BUILT_IN = "xtrain_backends"
-_CHECKOUT = Path(__file__).resolve().parent.parent / "backends"
-_TABLE = _CHECKOUT / "entry_points.ini"
+from xtrain.sources import (
+    DISTRIBUTION,
+    RESERVED,
+    contested,
+    entry_points,
+    is_built_in,
+    package_of,
+    taken,
+    warn_of_namesake,
+)
 
 B = TypeVar("B", bound=type[Backend])
 
@@ -57,7 +54,7 @@ def registered_backends() -> Mapping[str, str]:
 
     Nothing is imported. Aliases have the same place. A name that two packages offer is not among them.
     """
-    places = {name: entries[0].value for name, entries in _entry_points().items() if not _contested(entries)}
+    places = {name: entries[0].value for name, entries in entry_points().items() if not contested(entries)}
     places |= {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in _registered.items()}
     return dict(sorted(places.items()))
 
@@ -65,9 +62,9 @@ def registered_backends() -> Mapping[str, str]:
 def rejected_entry_points() -> dict[str, str]:
     """Return what is wrong with entry points whose name another package has, by ``name (distribution)``."""
     rejected = {}
-    for name, entries in _entry_points().items():
-        for entry in entries if _contested(entries) else entries[1:]:
-            rejected[f"{name} ({_package(entry)})"] = _taken(name, entries)
+    for name, entries in entry_points().items():
+        for entry in entries if contested(entries) else entries[1:]:
+            rejected[f"{name} ({package_of(entry)})"] = taken(name, entries)
     return rejected
 
 
@@ -82,11 +79,11 @@ def get_backend_class(name: str) -> type[Backend]:
     """
     if name in _registered:
         return _registered[name]
-    entries = _entry_points().get(name)
+    entries = entry_points().get(name)
     if entries is None:
         raise _unknown(name)
-    if _contested(entries):
-        raise BackendContractError(_taken(name, entries))
+    if contested(entries):
+        raise BackendContractError(taken(name, entries))
     entry = entries[0]
     try:
         return validate_backend(entry.load())
@@ -95,8 +92,8 @@ def get_backend_class(name: str) -> type[Backend]:
     except BaseException as error:  # whatever a package does, sys.exit too, is about that package alone
         if isinstance(error, ModuleNotFoundError) and error.name != entry.module:
             raise MissingDependencyError(_hint(entry, error)) from error
-        expected = f"the entry point {name} = {entry.value} of {_package(entry)} to be a backend's class"
-        fix = f"pip uninstall {_package(entry).split()[0]}, or a version of it that fits this xtrain"
+        expected = f"the entry point {name} = {entry.value} of {package_of(entry)} to be a backend's class"
+        fix = f"pip uninstall {package_of(entry).split()[0]}, or a version of it that fits this xtrain"
         raise BackendContractError(explain(expected, f"{type(error).__name__}: {error}", fix)) from error
 
 
@@ -114,7 +111,7 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
         MissingDependencyError: the backend's module needs a package that is not installed.
         BackendContractError: the class does not fulfil the contract.
     """
-    _warn_of_namesake()
+    warn_of_namesake()
     options = dict(options or {})
     if isinstance(backend, Backend):
         if options:
@@ -122,7 +119,8 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
             raise ConfigurationError(explain("no backend_options beside a backend instance", options, fix))
         validate_backend(type(backend))
         return backend
-    check_backend(backend)
+    if not isinstance(backend, str):
+        raise _no_backend(backend)
     cls = get_backend_class(backend)
     _check_options(backend, cls, options)
     return cls(**options)
@@ -130,7 +128,7 @@ def make_backend(backend: str | Backend, options: Mapping[str, Any] | None = Non
 
 def third_party_backends() -> list[type[Backend]]:
     """Return the backends of other packages, and those registered in code; one that cannot be used is left out."""
-    names = [name for name, entries in _entry_points().items() if not _is_built_in(entries[0])]
+    names = [name for name, entries in entry_points().items() if not is_built_in(entries[0])]
     found = list(_registered.values())
     for name in names:
         with suppress(XTrainError):  # `xtrain backends` tells what is wrong with it
@@ -146,9 +144,7 @@ def check_backend(backend: Any) -> Any:
     """
     if backend is None or isinstance(backend, str | Backend):
         return backend
-    expected = "a backend's name or an instance of xtrain.contract.Backend"
-    made = f"{backend.__name__}()" if isinstance(backend, type) else "'cpu'"
-    raise ConfigurationError(explain(expected, repr(backend), f"Trainer(backend={made})"))
+    raise _no_backend(backend)
 
 
 def register_backend(cls: B) -> B:
@@ -253,75 +249,13 @@ def _wrong_facts(cls: type[Backend]) -> Iterator[str]:
         yield f"Expected capabilities.precisions out of {', '.join(PRECISIONS)}. Received: {unknown or 'none'}."
 
 
-# -------------------------------------------------------------------- sources of names
-
-
-def _entry_points() -> dict[str, list[metadata.EntryPoint]]:
-    """Return the entry points by name, a built-in one first: an installed package cannot take its name over."""
-    installed = metadata.entry_points(group=GROUP)
-    built_in = _checkout_entry_points() or [entry for entry in installed if _is_built_in(entry)]
-    foreign = [entry for entry in installed if not _is_built_in(entry)]
-    found: dict[str, list[metadata.EntryPoint]] = {}
-    for entry in [*built_in, *foreign]:
-        found.setdefault(entry.name, []).append(entry)
-    return found
-
-
-def _is_built_in(entry: metadata.EntryPoint) -> bool:
-    """Whether `entry` is in a checkout's table, or this distribution brings it: any package can name our modules."""
-    return entry.dist is None or entry.dist.name.lower().replace("_", "-") == _DISTRIBUTION
-
-
-def _contested(entries: Sequence[metadata.EntryPoint]) -> bool:
-    """Whether no one of `entries`, which have the same name, may be used."""
-    foreign = not _is_built_in(entries[0])
-    return foreign and (len(entries) > 1 or entries[0].name in RESERVED or entries[0].name != entries[0].name.lower())
-
-
-def _package(entry: metadata.EntryPoint) -> str:
-    return f"{_DISTRIBUTION} (a checkout)" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
-
-
-@cache
-def _warn_of_namesake() -> None:
-    """Say that another project of this import name is installed: whichever came last has overwritten the other."""
-    try:
-        version = metadata.version("xtrain")
-    except metadata.PackageNotFoundError:
-        return
-    expected, received = f"{_DISTRIBUTION} alone to be imported as xtrain", f"xtrain {version}, another project, too"
-    fix = f"pip uninstall xtrain && pip install --force-reinstall --no-deps {_DISTRIBUTION}"
-    warnings.warn(explain(expected, received, fix), stacklevel=4)
-
-
-def _checkout_entry_points() -> list[metadata.EntryPoint]:
-    table = ConfigParser(delimiters=["="])
-    if not table.read(_TABLE, encoding="utf-8"):
-        return []
-    return [metadata.EntryPoint(name, value, GROUP) for name, value in table[GROUP].items()]
-
-
-def _adopt_checkout() -> None:
-    """Make a checkout's folder ``backends`` importable under the name an install gives it."""
-    if not _TABLE.is_file() or _BUILT_IN in sys.modules:
-        return
-    spec = spec_from_file_location(_BUILT_IN, _CHECKOUT / "__init__.py", submodule_search_locations=[str(_CHECKOUT)])
-    assert spec is not None  # a path ending in .py always has a loader
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[_BUILT_IN] = module
-    spec.loader.exec_module(module)
-
-
 # -------------------------------------------------------------------- messages
 
 
-def _taken(name: str, entries: Sequence[metadata.EntryPoint]) -> str:
-    packages = [_package(entry) for entry in entries]
-    fix = f"pip uninstall {packages[-1].split()[0]}"
-    if len(entries) == 1:
-        return explain("a lower-case name other than 'auto' for a backend", f"{name!r} of {packages[0]}", fix)
-    return explain(f"one package that offers backend {name!r}", " and ".join(packages), fix)
+def _no_backend(backend: Any) -> ConfigurationError:
+    expected = "a backend's name or an instance of xtrain.contract.Backend"
+    made = f"{backend.__name__}()" if isinstance(backend, type) else "'cpu'"
+    return ConfigurationError(explain(expected, repr(backend), f"Trainer(backend={made})"))
 
 
 def _unknown(name: str) -> UnknownBackendError:
@@ -333,7 +267,7 @@ def _unknown(name: str) -> UnknownBackendError:
 
 def _hint(entry: metadata.EntryPoint, error: ModuleNotFoundError) -> str:
     """Return what to install: the extra with the backend's name where there is one, else the package."""
-    package = entry.dist.name if entry.dist is not None else _DISTRIBUTION
+    package = entry.dist.name if entry.dist is not None else DISTRIBUTION
     extras = entry.dist.metadata.get_all("Provides-Extra") or [] if entry.dist is not None else [entry.name]
     wanted = f"'{package}[{entry.name}]'" if entry.name in extras else (error.name or package).split(".")[0]
     return explain(
@@ -359,6 +293,3 @@ def _check_options(name: str, cls: type[Backend], options: Mapping[str, Any]) ->
 
 def _as_arguments(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items())
-
-
-_adopt_checkout()

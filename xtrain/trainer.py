@@ -138,13 +138,12 @@ class Trainer(TrainerState):
             logger, enable_progress_bar, num_sanity_val_steps, log_every_n_steps
         )
         count = check_count("devices", read_devices(devices), 1)
-        given = check_options("backend_options", backend_options)
-        chosen, options = read_backend(check_backend(backend), accelerator, strategy, given)
+        check_options("backend_options", backend_options)
+        chosen, options = read_backend(check_backend(backend), accelerator, strategy, backend_options)
         chosen, self.precision = resolve(chosen, precision, count)
         self.backend = make_backend(chosen, options)
-        self.backend.precision = self.precision
+        self.backend.precision, self.backend.devices = self.precision, count
         self.backend.scaler_kwargs = check_options("scaler_kwargs", scaler_kwargs)
-        self.backend.devices = count
         self._read_ends(fast_dev_run, max_epochs, max_steps)
         self.step_counting = check_choice("step_counting", str(step_counting), "training", "optimizer")
         self._read_limits(limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches)
@@ -156,18 +155,18 @@ class Trainer(TrainerState):
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
         self.check_replicas = check_choice("check_replicas", str(check_replicas), "epoch", "off")
         self.inference_mode = check_switch("inference_mode", inference_mode)
-        bar = enable_progress_bar is None or check_switch("enable_progress_bar", enable_progress_bar)
-        self._read_watching(callbacks, logger, bar, log_every_n_steps, default_root_dir)
+        self._read_watching(callbacks, logger, enable_progress_bar, log_every_n_steps, default_root_dir)
         self.progress = Progress()
 
-    def _read_watching(self, callbacks: Any, logger: Any, bar: bool, every: int | None, root: Any) -> None:
+    def _read_watching(self, callbacks: Any, logger: Any, bar: bool | None, every: int | None, root: Any) -> None:
         """Set who watches a run: callbacks, loggers, the bar."""
         self.log_every_n_steps = check_count("log_every_n_steps", 50 if every is None else every, 0)
         root = check_folder("default_root_dir", root) or Path.cwd()
         self.default_root_dir = os.path.expanduser(root)  # noqa: PTH111  # a Path would change "s3://bucket"
         loggers = as_loggers(logger, self.default_root_dir)
         self.loggers = [SilentLogger()] if self.fast_dev_run and loggers else loggers
-        self.callbacks = _callbacks(callbacks, self.options, bar)
+        shown = bar is None or check_switch("enable_progress_bar", bar)
+        self.callbacks = _callbacks(callbacks, self.options, shown)
 
     def _read_ends(self, fast_dev_run: bool | int, max_epochs: int | None, max_steps: int | None) -> None:
         """Set how long a fit goes on; a fast run is one epoch of so many batches, whatever else was asked for."""
