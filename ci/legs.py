@@ -147,13 +147,13 @@ LEGS = {
     # Graphs and reads counted, replicas, meshes of virtual devices.
     "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA, usual=4),
     # Every ZeRO stage, on one process and on two.
-    "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED),
+    "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED, usual=3),
     # Recipes of several optimizers in shards on two and four processes, both modes.
     "fsdp-recipes-2p-4p": Leg("light", tests=("tests/fsdp/test_*.py",)),
     # Real processes under every launcher; every command of the page on launching.
     "launch": Leg("full", tests=("tests/launch/test_*.py",)),
     "loggers": Leg("services", tests=("tests/services/test_*.py",)),
-    "wheel": Leg("light", tests=("tests/packaging/test_*.py",)),
+    "wheel": Leg("light", tests=("tests/packaging/test_*.py",), usual=3),
     # Links, anchors, references of docstrings: whatever mkdocs warns about is an error.
     "docs": Leg(
         "light",

@@ -73,7 +73,8 @@ def test_a_leg_runs_its_precision_only(precision, line, tmp_path):
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--precision={precision}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}  # where the project is not installed
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert line in done.stdout
 
 
