@@ -151,7 +151,7 @@ LEGS = {
     # Recipes of several optimizers in shards on two and four processes, both modes.
     "fsdp-recipes-2p-4p": Leg("light", tests=("tests/fsdp/test_*.py",)),
     # Real processes under every launcher; every command of the page on launching.
-    "launch": Leg("full", tests=("tests/launch/test_*.py",)),
+    "launch": Leg("full", tests=("tests/launch/test_*.py",), usual=5),
     "loggers": Leg("services", tests=("tests/services/test_*.py",)),
     "wheel": Leg("light", tests=("tests/packaging/test_*.py",), usual=3),
     # Links, anchors, references of docstrings: whatever mkdocs warns about is an error.
