@@ -64,6 +64,7 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
         self._life: GradientLife | None = None
         self._optimizers: Any = None
         self.automatic_optimization = True
+        self.prepare_data_per_node = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_modules" not in self.__dict__:
@@ -112,6 +113,10 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
     def configure_optimizers(self) -> Any:
         """Return the optimizers, in any of the forms listed in `xtrain.configure.ACCEPTED_FORMS`."""
         raise _undefined(self, "configure_optimizers")
+
+    def configure_callbacks(self) -> Any:
+        """Return callbacks that belong to the module; they replace those of the same class given to the Trainer."""
+        return []
 
     def configure_gradient_clipping(
         self,

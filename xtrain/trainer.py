@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from xtrain.callbacks.base import Callback
+from xtrain.callbacks.base import Callback, check_callbacks
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.checks import (
     check_choice,
@@ -280,10 +280,7 @@ class Trainer(TrainerState):
 
 def _callbacks(callbacks: Any, options: Options, bar: bool) -> list[Callback]:
     given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-    for callback in given:
-        if not isinstance(callback, Callback):
-            fix = "class MyCallback(xtrain.Callback): ..."
-            raise ConfigurationError(explain("callbacks derived from xtrain.Callback", type(callback).__name__, fix))
+    check_callbacks(given)
     given += options.callbacks()
     if bar and not any(isinstance(c, ProgressBar) for c in given):
         given.append(ProgressBar())

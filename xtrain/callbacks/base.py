@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import isfunction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from xtrain.errors import ProtocolError, explain
+from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.metrics.checks import Settings
 from xtrain.metrics.logs import Logs
 
@@ -197,6 +197,18 @@ class Callback(Logs):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Before the raw `optimizer` steps; its gradients are averaged and unscaled."""
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Check that each is a `Callback`.
+
+    Raises:
+        ConfigurationError: names the class of one that is not.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            fix = "class MyCallback(xtrain.Callback): ..."
+            raise ConfigurationError(explain("callbacks derived from xtrain.Callback", type(callback).__name__, fix))
 
 
 def hook_names() -> list[str]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from torch.utils.data import DataLoader, IterableDataset
+
 from xtrain.contract import Backend
+from xtrain.data.batches import size_of
 from xtrain.hooks import BatchHooks, is_overridden
 from xtrain.hparams import KeepsHyperParameters
+
+_STAGES = ("train", "val", "test", "predict")
 
 
 class LightningDataModule(KeepsHyperParameters, BatchHooks):
     """Keeps the loaders of an experiment together; override what is needed.
 
-    `prepare_data` runs on one process (downloads), `setup` on all.
+    `prepare_data` runs on one process per host (downloads), `setup` on all. `save_hyperparameters` keeps the
+    arguments of its ``__init__``, as in a module; they go to the loggers beside the module's.
+
+    Attributes:
+        trainer: the Trainer of the current or last run.
+        prepare_data_per_node: False prepares on one host only, for a disk that all of them see.
 
     Example:
         >>> class Numbers(LightningDataModule):
@@ -28,13 +39,70 @@ class LightningDataModule(KeepsHyperParameters, BatchHooks):
     """
 
     trainer: Any = None
+    prepare_data_per_node: bool = True
+
+    @classmethod
+    def from_datasets(
+        cls,
+        train_dataset: Any = None,
+        val_dataset: Any = None,
+        test_dataset: Any = None,
+        predict_dataset: Any = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        **kwargs: Any,
+    ) -> LightningDataModule:
+        """Return a DataModule whose loaders read the given datasets; only training shuffles.
+
+        Args:
+            train_dataset: a dataset, or a list or dict of them, each with a loader.
+            val_dataset: likewise.
+            test_dataset: likewise.
+            predict_dataset: likewise.
+            batch_size: rows per batch.
+            num_workers: processes per loader.
+            **kwargs: of the class's ``__init__``.
+
+        Example:
+            >>> print(LightningDataModule.from_datasets(torch.randn(8, 3), batch_size=2))
+            LightningDataModule(train: 4 batches)
+        """
+        module = cls(**kwargs)
+        given = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
+        for stage, datasets in given.items():
+            if datasets is not None:
+                loaders = partial(_loaders, datasets, stage == "train", batch_size, num_workers)
+                setattr(module, f"{stage}_dataloader", loaders)
+        return module
+
+    def __str__(self) -> str:
+        """Return the number of batches per stage; loaders that are not ready yet are left out."""
+        parts = [f"{stage}: {size} batches" for stage in _STAGES if (size := self._batches(stage)) is not None]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _batches(self, stage: str) -> Any:
+        try:
+            loader = getattr(self, f"{stage}_dataloader")()
+        except Exception:  # a dataset that `setup` will make
+            return None
+        return [size_of(part) for part in loader] if isinstance(loader, list | tuple) else size_of(loader)
 
     def __getstate__(self) -> dict[str, Any]:
         # Loader workers may get it, and copies are free of the run.
         return {**self.__dict__, "trainer": None}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint should keep of it."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """When a run is about to end by `exception`, a KeyboardInterrupt included."""
+
     def prepare_data(self) -> None:
-        """Download or write files; runs on rank 0 only."""
+        """Download or write files; runs on one process per host."""
 
     def setup(self, stage: str) -> None:
         """Make datasets; `stage` is fit, validate, test or predict."""
@@ -53,6 +121,16 @@ class LightningDataModule(KeepsHyperParameters, BatchHooks):
 
     def predict_dataloader(self) -> Any:
         """Return one iterable of batches to predict, or a list of them."""
+
+
+def _loaders(datasets: Any, shuffle: bool, batch_size: int, workers: int) -> Any:
+    """Return a loader per dataset, in the structure of `datasets`."""
+    if isinstance(datasets, dict):
+        return {name: _loaders(dataset, shuffle, batch_size, workers) for name, dataset in datasets.items()}
+    if isinstance(datasets, list | tuple):
+        return [_loaders(dataset, shuffle, batch_size, workers) for dataset in datasets]
+    shuffle = shuffle and not isinstance(datasets, IterableDataset)
+    return DataLoader(datasets, batch_size, shuffle=shuffle, num_workers=workers)
 
 
 def make_transfer(backend: Backend, *owners: Any) -> Callable[[Any, int], Any]:

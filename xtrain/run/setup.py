@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from xtrain.callbacks.base import Callback
+from xtrain.callbacks.base import Callback, check_callbacks
 from xtrain.configure import NamedOptimizers, check_monitors, names_of, read_optimizers
 from xtrain.contract import Backend, Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
@@ -77,6 +77,8 @@ def started_run(
             run.failed = True
             try:
                 run.call("on_exception", error)  # first: people save there what can be saved
+                if datamodule is not None:
+                    datamodule.on_exception(error)
             finally:
                 _finalize_loggers(run, "failed")
             _explain_inference_tensors(error)
@@ -113,6 +115,7 @@ def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodul
     """Make the run, and let Trainer and module know it."""
     backend = trainer.backend
     metrics = _metrics(trainer)
+    trainer.callbacks = _configured(trainer.callbacks, module)
     for callback in trainer.callbacks:
         callback._metrics = metrics
     hooks = collect_hooks(trainer, module, trainer.callbacks, Callback, metrics.reduce_epoch)
@@ -133,6 +136,15 @@ def _begin(trainer: TrainerState, stage: str, module: LightningModule, datamodul
     run.life.counter = trainer.progress if trainer.step_counting == "optimizer" else None
     _attach(run)
     return run
+
+
+def _configured(callbacks: list[Callback], module: LightningModule) -> list[Callback]:
+    """Return the callbacks of the Trainer and the module; the module's replace those of the same class."""
+    own = module.configure_callbacks()
+    own = list(own) if isinstance(own, list | tuple) else [own]
+    check_callbacks(own)
+    kinds = {type(callback) for callback in own}
+    return [*(callback for callback in callbacks if type(callback) not in kinds), *own]
 
 
 def _attach(run: Run) -> None:
@@ -187,8 +199,10 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     run.call("setup", run.called)
     module.configure_model()
     _attach(run)  # the layers that were just made, too
-    for logger in run.metrics.loggers if module.hparams and module._log_hparams else ():
-        logger.log_hyperparams(module.hparams)
+    owners = [owner for owner in (run.datamodule, module) if owner is not None and owner._log_hparams]
+    kept = {name: value for owner in owners for name, value in owner.hparams.items()}
+    for logger in run.metrics.loggers if kept else ():
+        logger.log_hyperparams(kept)
     run.backend.setup_module(module)  # before loaders are asked for: making them may use the module on its device
     run.plan = plan(run)
     if run.stage == "fit":
@@ -196,13 +210,13 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
 
 
 def _prepare_data(run: Run) -> None:
-    """Let rank 0 download and write files, and everyone wait for it."""
+    """Let one process per host (or of all) download and write files, and everyone wait for it."""
     if run.datamodule is not None:
         run.datamodule.trainer = run.trainer
-    if run.trainer.is_global_zero:
-        for owner in (run.datamodule, run.module):
-            if owner is not None:
-                owner.prepare_data()
+    first_of_host = run.backend.collectives.local_rank == 0
+    for owner in (run.datamodule, run.module):
+        if owner is not None and (run.trainer.is_global_zero or (owner.prepare_data_per_node and first_of_host)):
+            owner.prepare_data()
     run.backend.collectives.barrier()
 
 
