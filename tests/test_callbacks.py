@@ -271,6 +271,7 @@ def test_durations_have_several_forms():
 # ---------------------------------------------------------------- ModelSummary
 
 
+@pytest.mark.filterwarnings("ignore:Expected every layer in train mode")
 def test_the_summary_counts_parameters_by_child(capsys):
     class Deep(Small):
         def __init__(self):

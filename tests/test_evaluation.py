@@ -179,6 +179,7 @@ class Modes(Evaluated):
 TRAIN, VALIDATE = ("train", True, True, False), ("validate", False, False, False)
 
 
+@pytest.mark.filterwarnings("ignore:Expected every layer in train mode")
 def test_modes_of_submodules_are_kept():
     module, _ = trained(loader(2), Modes(), validate=loader(1), val_check_interval=1)
     assert module.modes == [VALIDATE, TRAIN, VALIDATE, TRAIN, VALIDATE]

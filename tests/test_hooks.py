@@ -266,6 +266,7 @@ def test_outputs_after_a_batch_are_a_detached_dict(kind, returned, every, expect
     assert log == [expected] * 2
 
 
+@pytest.mark.filterwarnings("ignore:Expected every layer in train mode")
 def test_a_module_that_changes_the_modes_of_its_layers():
     log = []
 

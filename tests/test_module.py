@@ -203,6 +203,7 @@ def failing_in(place, error=KeyError):
     return Failing
 
 
+@pytest.mark.filterwarnings("ignore:Expected every layer in train mode")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("options", [{}, SCALED], ids=["32-true", "16-mixed"])
 def test_exception_anywhere_leaves_a_usable_module_and_trainer(place, options):
@@ -230,6 +231,7 @@ def test_keyboard_interrupt_is_cleaned_up_too():
     assert [name for name, _ in cleaning.calls] == ["on_exception", "teardown"]
 
 
+@pytest.mark.filterwarnings("ignore:Expected every layer in train mode")
 @pytest.mark.parametrize("hook", ["on_exception", "teardown"])
 def test_clean_up_that_fails_still_finishes(hook):
     class Clumsy(Callback):

@@ -86,6 +86,7 @@ def test_lbfgs(ported):
     check(ported.Fit, by_hand)
 
 
+@pytest.mark.filterwarnings("ignore:Expected no monitor of a scheduler")
 def test_accumulation_and_plateau(ported):
     rates = []
 

@@ -115,7 +115,14 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
         raise _undefined(self, "configure_optimizers")
 
     def configure_callbacks(self) -> Any:
-        """Return callbacks that belong to the module; they replace those of the same class given to the Trainer."""
+        """Return callbacks that belong to the module; they replace those of the same class given to the Trainer.
+
+        Example:
+            >>> from xtrain.callbacks import EarlyStopping
+            >>> class Stopping(LightningModule):
+            ...     def configure_callbacks(self):
+            ...         return [EarlyStopping("val_loss")]
+        """
         return []
 
     def configure_gradient_clipping(

@@ -18,6 +18,7 @@ from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
+from xtrain.run.advice import advise
 from xtrain.run.agreement import introduce
 from xtrain.run.checks import check_idle, check_methods, warn_of_strangers
 from xtrain.run.state import FitPlan, Run, TrainerState
@@ -207,6 +208,7 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     run.plan = plan(run)
     if run.stage == "fit":
         _set_up_optimizers(run)
+        advise(run)
 
 
 def _prepare_data(run: Run) -> None:
