@@ -118,6 +118,9 @@ class DeepSpeed(ScalingBackend):
             check_optimizers(module, optimizers, self.collectives)
         if not optimizers:
             return
+        for parameter in module.parameters():
+            if not parameter.is_contiguous():  # made by .t(), or channels_last: DeepSpeed copies bytes in a row
+                parameter.data = parameter.data.contiguous()
         if self.stage:
             partitioned = [names] if self.stage == 3 else [{p: n for n, p in named.items()} for named in owned]
             _check_dtypes(partitioned, self.precision.parameter_dtype or torch.float32)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from xtrain.errors import ProtocolError, explain
 
 from .engine import make_engine
 
@@ -45,8 +48,9 @@ class ShardedModule:
     """A module whose parameters DeepSpeed gathers for each forward and backward, and releases after it.
 
     One engine without optimizer does that for the whole module, whoever owns which parameter.
-    Small parameters (DeepSpeed's persistence threshold) and those that lie directly on the module,
-    outside of any layer's forward, are held whole between steps.
+    Small parameters (DeepSpeed's persistence threshold), those that lie directly on the module, outside of
+    any layer's forward, and those that a hook reads before one (`torch.nn.utils.weight_norm`) are held whole
+    between steps. A copy of one that is not whole is refused: it would be empty.
 
     Args:
         module: the user's.
@@ -55,11 +59,14 @@ class ShardedModule:
 
     def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
         self._module = module
+        hooked = [m for m in module.modules() if m._forward_pre_hooks]  # they run before DeepSpeed gathers
         self._engine = make_engine(module, config)
         self._zero = self._engine.optimizer
-        own = {id(p) for p in vars(module)["_parameters"].values() if p is not None}
-        parameters: Iterable[Any] = module.parameters()
-        self._held = [p for p in parameters if p.ds_persist or id(p) in own]
+        own = {id(p) for m in (module, *hooked) for p in vars(m)["_parameters"].values() if p is not None}
+        named: Iterable[tuple[str, Any]] = list(module.named_parameters())
+        self._held = [p for _, p in named if p.ds_persist or id(p) in own]
+        for name, parameter in named:
+            parameter.__deepcopy__ = partial(_copy_whole, name, parameter)
 
     def hold(self) -> None:
         """Gather what is held whole: when all engines are made, and after each step."""
@@ -130,6 +137,15 @@ class ShardedModule:
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
+
+
+def _copy_whole(name: str, parameter: Any, memo: dict[int, Any]) -> Any:
+    if parameter.numel() == parameter.ds_numel:
+        return nn.Parameter.__deepcopy__(parameter, memo)
+    expected = f"a whole {name} to copy"
+    received = "a part of it: ZeRO 3 keeps it in shards between forwards"
+    fix = "with self.trainer.backend.full_parameters(self.net): average = copy.deepcopy(self.net)"
+    raise ProtocolError(explain(expected, received, fix))
 
 
 def _gather(parameters: list[Any]) -> None:

@@ -324,3 +324,21 @@ def without_compiler(options):
     pairs = zip(module.D.parameters(), d.parameters(), strict=True)
     built = [str(path) for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()]
     return max(float((a - b).abs().max()) for a, b in pairs), built
+
+
+class Regression(xtrain.LightningModule):
+    """Manual optimization of a network that was given."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = net
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.net(batch).square().mean())
+        opt.step()

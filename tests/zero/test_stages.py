@@ -1,5 +1,6 @@
 """Every ZeRO stage on two processes: the same parameters as plain PyTorch, and what only DeepSpeed can get wrong."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -35,6 +36,8 @@ CHOSEN = (
     "unowned",
     "validation-between",
 )
+
+PARTITIONED = {"config": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
 
 by_stage = pytest.mark.parametrize("stage", STAGES)
 
@@ -109,7 +112,7 @@ def test_random_sequences(pair, stage):
         Pair().compare(outcomes, outcome_of(run, run), "32-true")
 
     config = settings(max_examples=12, deadline=None, derandomize=True, database=None)
-    config(given(plans(illegal=False))(check))()
+    config(given(plans(illegal=False, editable=False))(check))()
 
 
 def test_gradient_penalty_on_a_partitioned_network(pair):
@@ -247,6 +250,71 @@ def test_parameters_of_another_dtype_are_refused(stage, dtype):
 
     with pytest.raises(ConfigurationError, match=f"parameters of torch.float32.*odd of {dtype}"):
         jobs.fit(Odd(), {"stage": stage}, 1, 0)
+
+
+def trained_beside_torch(make, data, options):
+    """Train the network that `make` returns on DeepSpeed, and another one by hand; return both."""
+    torch.manual_seed(0)
+    plain = make()
+    torch.manual_seed(0)
+    network = make()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for batch in data:
+        optimizer.zero_grad()
+        plain(batch).square().mean().backward()
+        optimizer.step()
+    module = jobs.Regression(network)
+    trainer = Trainer("deepspeed", backend_options=options, max_epochs=1, enable_progress_bar=False)
+    trainer.fit(module, data)
+    return module.net, plain
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_that_are_not_contiguous_train_as_in_torch(stage):
+    def network():
+        made = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last))
+        made[0].bias = torch.nn.Parameter(torch.arange(6.0).view(3, 2)[:, 0])
+        return made
+
+    data = [torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for ours, theirs in zip(*map(list_parameters, trained_beside_torch(network, data, {"stage": stage})), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def list_parameters(network):
+    return list(network.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "parametrized"])
+def test_weights_that_a_hook_computes_train_as_in_torch(norm):
+    make = {
+        "weight_norm": torch.nn.utils.weight_norm,
+        "spectral_norm": torch.nn.utils.spectral_norm,
+        "parametrized": torch.nn.utils.parametrizations.weight_norm,
+    }[norm]
+
+    def network():
+        return torch.nn.Sequential(make(torch.nn.Linear(3, 8)), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+    data = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for ours, theirs in zip(*map(list_parameters, trained_beside_torch(network, data, PARTITIONED)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_copy_of_what_is_partitioned_is_refused_or_whole():
+    class Copying(jobs.Regression):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            with self.trainer.backend.full_parameters(self.net):
+                self.shapes = [tuple(p.shape) for p in copy.deepcopy(self.net).parameters()]
+            copy.deepcopy(self.net)
+
+    module = Copying(torch.nn.Linear(3, 1))
+    trainer = Trainer("deepspeed", backend_options=PARTITIONED, max_epochs=1, enable_progress_bar=False)
+    with pytest.raises(ProtocolError, match=r"a whole net.weight to copy(.|\n)*full_parameters"):
+        trainer.fit(module, [torch.ones(2, 3)])
+    assert module.shapes == [(1, 3), (1,)]
+    assert [tuple(p.shape) for p in copy.deepcopy(module.net).parameters()] == [(1, 3), (1,)]
 
 
 def test_what_deepspeed_itself_refuses_is_told_with_the_settings(pair):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -147,12 +147,11 @@ def _check_signature(owner: Any, name: str, contract: Any) -> None:
         raise ConfigurationError(explain(f"{name} with the arguments it is called with", shown, line)) from None
 
 
-def warn_of_strangers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Say that there is no optimizer, or that one holds parameters that are not the module's."""
+def odd_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[str]:
+    """Return what is to be said: that there is no optimizer, or that one holds parameters that are not the module's."""
     if not optimizers:
         expected = f"an optimizer from {type(module).__name__}.configure_optimizers"
-        fix = "return torch.optim.Adam(self.parameters())"
-        warnings.warn(explain(expected, "none: nothing is trained by one", fix), stacklevel=2)
+        yield explain(expected, "none: nothing is trained by one", "return torch.optim.Adam(self.parameters())")
     own = set(module.parameters())
     for index, optimizer in enumerate(optimizers):
         strange = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
@@ -160,8 +159,7 @@ def warn_of_strangers(module: nn.Module, optimizers: Sequence[Optimizer]) -> Non
             expected = f"optimizer {index} ({type(optimizer).__name__}) to hold parameters of the module"
             shapes = ", ".join(str(tuple(p.shape)) for p in strange[:3])
             received = f"{len(strange)} others (shapes {shapes}), which are neither moved to the device nor saved"
-            fix = "self.image = torch.nn.Parameter(image) in __init__"
-            warnings.warn(explain(expected, received, fix), stacklevel=2)
+            yield explain(expected, received, "self.image = torch.nn.Parameter(image) in __init__")
 
 
 class IdleWatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -20,7 +21,7 @@ from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
 from xtrain.run.advice import advise
 from xtrain.run.agreement import introduce
-from xtrain.run.checks import check_idle, check_methods, warn_of_strangers
+from xtrain.run.checks import check_idle, check_methods, odd_optimizers
 from xtrain.run.state import FitPlan, Run, TrainerState
 from xtrain.run.switches import in_effect
 from xtrain.stages import TrainerFn
@@ -242,11 +243,13 @@ def _set_up_optimizers(run: Run) -> None:
             devices=trainer.backend.devices,
         )
     )
-    warn_of_strangers(module, optimizers)
     wrapped = run.life.optimizers
     names = names_of(returned)
     for index, optimizer in enumerate(optimizers):
         wrapped.append(LightningOptimizer(optimizer, run.life, names[index] if names else None))
     for part in _lightning_modules(module):
         part._optimizers = wrapped[0] if len(wrapped) == 1 and names is None else NamedOptimizers(wrapped)
+    odd = list(odd_optimizers(module, optimizers))  # before engines put shards into the groups
     trainer.backend.setup_optimizers(module, wrapped)
+    for text in odd:  # and after they may have refused them
+        warnings.warn(text, stacklevel=2)
