@@ -46,7 +46,7 @@ PLATEAU = ReduceLROnPlateau(A)
         ({"optimizer": A, "lr_scheduler": {"scheduler": SCHEDULE_A}}, [A], [SCHEDULE_A]),
         ([{"optimizer": A, "lr_scheduler": SCHEDULE_A}, {"optimizer": B}], [A, B], [SCHEDULE_A]),
         (({"optimizer": A}, {"optimizer": B, "lr_scheduler": {"scheduler": SCHEDULE_B}}), [A, B], [SCHEDULE_B]),
-        ([A, {"optimizer": B, "lr_scheduler": SCHEDULE_B, "frequency": 3}], [A, B], [SCHEDULE_B]),
+        ([A, {"optimizer": B, "lr_scheduler": SCHEDULE_B, "frequency": 1}], [A, B], [SCHEDULE_B]),
         (LightningOptimizer(A), [A], []),
         ([LightningOptimizer(A), LightningOptimizer(B)], [A, B], []),
         (([LightningOptimizer(A)], [SCHEDULE_A]), [A], [SCHEDULE_A]),

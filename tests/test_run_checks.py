@@ -240,7 +240,7 @@ class WrongTransfer(Small):
 
 
 class ThreeArguments(Small):
-    def training_step(self, batch, batch_idx, optimizer_idx): ...
+    def training_step(self, batch, batch_idx, extra): ...
 
 
 class KeywordsOnly(Small):
@@ -263,7 +263,7 @@ class WrongCallback(Callback):
         (
             ThreeArguments,
             [],
-            ("training_step(batch, batch_idx, optimizer_idx)", "def training_step(self, batch, batch_idx)"),
+            ("training_step(batch, batch_idx, extra)", "def training_step(self, batch, batch_idx)"),
         ),
         (KeywordsOnly, [], ("training_step(*, batch, batch_idx)", "def training_step(self, batch, batch_idx)")),
         (Small, [WrongCallback()], ("WrongCallback.on_train_start()", "def on_train_start(self, trainer, module)")),
