@@ -30,6 +30,10 @@ def run_state(**changes):
         "sanity_checking": False,
         "training": True,
         "progress_bar_metrics": {},
+        "num_sanity_val_batches": [2],
+        "num_val_batches": [2],
+        "num_test_batches": [1, 1],
+        "num_predict_batches": [float("inf")],
     }
     return SimpleNamespace(**{**state, **changes})
 
@@ -107,12 +111,13 @@ def test_between_drawings_the_metrics_are_not_even_looked_at():
 )
 def test_evaluation_has_its_bar(capsys, kind, title, changes):
     bar, module, state = ProgressBar(), torch.nn.Module(), run_state(**changes)
-    bar.setup(state, module, "fit")
+    bar.setup(state, module, "validate")
     getattr(bar, f"on_{kind}_start")(state, module)
     for index in range(2):
         getattr(bar, f"on_{kind}_batch_end")(state, module, None, None, index, 0)
     getattr(bar, f"on_{kind}_end")(state, module)
-    assert capsys.readouterr().err.startswith(f"{title}: 2it [")
+    total = "2it [" if kind == "predict" else "100%"
+    assert capsys.readouterr().err.startswith(f"{title}: {total}")
 
 
 def test_validation_inside_of_an_epoch_does_not_end_its_bar(capsys):
@@ -137,6 +142,15 @@ def test_text_is_written_above_the_bar(capsys):
     bar.print("during")
     bar.teardown(state, module, "fit")
     assert capsys.readouterr().out == "before\nduring\n"
+
+
+def test_a_narrow_terminal_keeps_the_metrics(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    show_epoch(ProgressBar(refresh_seconds=0.0), run_state())
+    last = terminal.getvalue().split("\r")[-1]
+    assert re.match(r"Epoch 2/3 4/4, loss=0\.2 \[00:00\]", last)
 
 
 # ---------------------------------------------------------------- in a Trainer
@@ -253,3 +267,17 @@ def test_without_stderr_or_stdout_nothing_is_shown(monkeypatch, missing):
     trainer = Trainer("cpu", max_epochs=1)
     trainer.fit(Regression(), [torch.ones(1, 2)] * 3)
     assert trainer.global_step == 3
+
+
+def test_a_fit_begins_with_one_line_and_ends_its_epochs_with_their_last_values(capsys):
+    class Late(Regression):
+        def on_train_epoch_end(self):
+            self.log("late", float(self.current_epoch), prog_bar=True)
+
+    data = torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=4)
+    Trainer("cpu", max_epochs=3).fit(Late(), data, data)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "xtrain: cpu, 32-true, 1 process, 3 parameters"
+    assert [re.search(r"late=(\S+)\]", line)[1] for line in lines[1:]] == ["0", "1", "2"]
+    assert [" left in all)" in line for line in lines[1:]] == [False, True, False]
+    assert all("loss=" in line and "val=2.5" in line for line in lines[1:])

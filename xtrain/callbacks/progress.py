@@ -8,7 +8,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
+
+from torch.nn.parameter import is_lazy
 
 from xtrain.callbacks.base import Callback
 
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 
 _SECONDS_IN_A_TERMINAL = 0.1
 _SECONDS_IN_A_LOG_FILE = 10.0
+_NARROW = 80  # columns
+_SHORT = "{desc} {n_fmt}/{total_fmt}{postfix} [{remaining}]"  # the bar gives way to the metrics
 
 
 class ProgressBar(Callback):
@@ -34,7 +41,10 @@ class ProgressBar(Callback):
         >>> trainer = Trainer(callbacks=[ProgressBar(refresh_seconds=1.0, leave=False)])
     """
 
+    after_module = True  # what the module logs at the end of an epoch is on the bar
+
     def __init__(self, refresh_seconds: float | None = None, leave: bool = True) -> None:
+        self._fitting, self._first_epoch, self._began = False, 0, 0.0
         self._seconds = refresh_seconds
         self._leave = leave
         self._shown = False
@@ -42,6 +52,7 @@ class ProgressBar(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Find out whether this process shows anything."""
+        self._fitting = stage == "fit"
         self._shown = trainer.is_global_zero and sys.stderr is not None  # pythonw and some services have none
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -88,10 +99,26 @@ class ProgressBar(Callback):
 
     # ---------------------------------------------------------------- when
 
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Say in one line what runs where."""
+        self._first_epoch, self._began = trainer.current_epoch, time.monotonic()
+        if self._shown:
+            with self._while_it_works():
+                print(_introduction(trainer, module), file=sys.stderr, flush=True)
+
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of the epoch."""
         last = f"/{trainer.max_epochs}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
-        self._open(f"Epoch {trainer.current_epoch + 1}{last}", trainer.num_training_batches)
+        self._open(f"Epoch {trainer.current_epoch + 1}{last}{self._left(trainer)}", trainer.num_training_batches)
+
+    def _left(self, trainer: Trainer) -> str:
+        """Return the time left for this epoch and those after it, by the epochs before; empty for the last one."""
+        done = trainer.current_epoch - self._first_epoch
+        left = (trainer.max_epochs or 0) - trainer.current_epoch
+        if not self._began or done < 1 or left < 2:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * left
+        return f" ({timedelta(seconds=round(seconds))} left in all)"
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,7 +132,9 @@ class ProgressBar(Callback):
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of validation, which disappears if it is part of training."""
-        self._open("Sanity check" if trainer.sanity_checking else "Validation", leave=not trainer.training)
+        title = "Sanity check" if trainer.sanity_checking else "Validation"
+        sizes = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._open(title, sum(sizes) if sizes else None, leave=not self._fitting)
 
     def on_validation_batch_end(
         self,
@@ -125,7 +154,7 @@ class ProgressBar(Callback):
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of testing."""
-        self._open("Testing")
+        self._open("Testing", sum(trainer.num_test_batches) or None)
 
     def on_test_batch_end(
         self,
@@ -145,7 +174,7 @@ class ProgressBar(Callback):
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of prediction."""
-        self._open("Predicting")
+        self._open("Predicting", sum(trainer.num_predict_batches) or None)
 
     def on_predict_batch_end(
         self,
@@ -164,18 +193,37 @@ class ProgressBar(Callback):
         self._close(trainer)
 
 
+def _introduction(trainer: Trainer, module: LightningModule) -> str:
+    backend = trainer.backend
+    parameters = [p for p in module.parameters() if not is_lazy(p)]
+    count, trained = (
+        sum(map(backend.elements_of, p)) for p in (parameters, [p for p in parameters if p.requires_grad])
+    )
+    ranks = f"{trainer.world_size} process{'es' if trainer.world_size > 1 else ''}"
+    frozen = f" ({trained:,} trainable)" if trained < count else ""
+    return f"xtrain: {backend.name}, {backend.precision.name}, {ranks}, {count:,} parameters{frozen}"
+
+
 class _Bar:
     """One bar of tqdm: drawn in place in a terminal or a notebook, line by line elsewhere."""
 
     def __init__(self, description: str, total: int | None, seconds: float | None, leave: bool) -> None:
-        from tqdm import tqdm
-
+        # In a notebook a widget, where one can be shown.
+        tqdm: Any = import_module("tqdm.auto" if "ipykernel" in sys.modules else "tqdm").tqdm
         self._moves = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._leave = leave
         usual = _SECONDS_IN_A_TERMINAL if self._moves else _SECONDS_IN_A_LOG_FILE
         self._seconds = usual if seconds is None else seconds
         file = sys.stderr if self._moves else io.StringIO()  # tqdm formats the lines, but does not write them
-        self._tqdm = tqdm(desc=description, total=total, file=file, leave=leave, dynamic_ncols=self._moves)
+        narrow = self._moves and get_terminal_size().columns < _NARROW
+        self._tqdm = tqdm(
+            desc=description,
+            total=total,
+            file=file,
+            leave=leave,
+            dynamic_ncols=self._moves,
+            bar_format=_SHORT if narrow and total is not None else None,
+        )
         self.done = 0
         self.due = time.monotonic() + self._seconds
 
