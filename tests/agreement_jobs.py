@@ -376,3 +376,91 @@ def endless(world_size, rank):
     module = Validated()
     end = trained(module, Rows(40), None, Asks("before"), max_epochs=1)
     return end if isinstance(end, str) else end.global_step
+
+
+# ---------------------------------------------------------------- anything
+
+
+class Planned(Pair):
+    """Does in each step what its plan says: numbers of optimizers to step, names of metrics, a collective, an end."""
+
+    def __init__(self, steps) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def training_step(self, batch, batch_idx):
+        plan = self.steps[batch_idx]
+        if plan["gathers"]:
+            self.all_gather(batch)
+        self.train_on(batch, plan["optimizers"])
+        for name in plan["names"]:
+            self.log(name, batch.sum(), sync_dist=True)
+        if plan["stops"]:
+            self.trainer.should_stop = True
+
+
+def rows_of(rank, step):
+    return ROWS[4 * step + 2 * rank :][:2]
+
+
+class Unsized:
+    """The batches of a rank, without a length."""
+
+    def __init__(self, batches) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def planned(plans, world_size, rank):
+    """Train by the plan of this rank; return the error's text, or parameters, synced metrics and steps made."""
+    seed_everything(1)
+    plan = plans[rank]
+    module = Planned(plan["steps"])
+    batches = [rows_of(rank, step) for step in range(len(plan["steps"]))]
+    loader = batches if plan["sized"] else Unsized(batches)
+    end = trained(module, loader, log_every_n_steps=1, max_epochs=1)
+    if isinstance(end, str):
+        return end
+    metrics = {name: value.item() for name, value in end.callback_metrics.items()}
+    return parameters(module).tolist(), metrics, end.progress.batches
+
+
+def by_hand(plans):
+    """Return what both ranks must come to, in plain PyTorch; None if what they do differs."""
+    seed_everything(1)
+    module = Pair()
+    optimizers = module.configure_optimizers()
+    metrics, made = {}, 0
+    for index, (ours, theirs) in enumerate(zip(plans[0]["steps"], plans[1]["steps"], strict=False)):
+        same = ("optimizers", "gathers")
+        if any(ours[key] != theirs[key] for key in same) or set(ours["names"]) != set(theirs["names"]):
+            return None
+        for number in ours["optimizers"]:
+            optimizers[number].zero_grad()
+            sum(module.loss(rows_of(rank, index)) / 2 for rank in (0, 1)).backward()
+            optimizers[number].step()
+        metrics |= {name: sum(rows_of(rank, index).sum().item() for rank in (0, 1)) / 2 for name in ours["names"]}
+        made += 1
+        if asked_before(plans, index):
+            break
+    return parameters(module).tolist(), metrics, made
+
+
+def asked_before(plans, index):
+    """Whether an end that was asked for in this step or before is heard of in it: by what follows the asking."""
+    for step in range(index + 1):
+        if any(plan["steps"][step]["stops"] for plan in plans if step < len(plan["steps"])):
+            # In the same step what was logged is reduced afterwards; in a later one anything is heard.
+            heard = [bool(plans[0]["steps"][step]["names"])]
+            heard += [_speaks(plans, later) for later in range(step + 1, index + 1)]
+            if any(heard):
+                return True
+    return False
+
+
+def _speaks(plans, step):
+    plan = plans[0]["steps"][step]
+    unsized = not all(plan["sized"] for plan in plans)
+    return bool(plan["optimizers"] or plan["names"] or plan["gathers"] or unsized)

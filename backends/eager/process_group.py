@@ -53,7 +53,7 @@ class TorchCollectives(Collectives):
         heard: list[bytes] = []
 
         def hear() -> None:
-            _wait(work, call)
+            _wait(work, f"{call}, {self.place()}")
             heard.extend(self._heard(received))
 
         def answer() -> list[bytes]:

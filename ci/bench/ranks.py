@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,9 +112,11 @@ class Outcome:
     def read(self) -> str:
         """What the user reads: the message of the last error, or that there was none."""
         errors = [line for line in self.said.splitlines() if "Error: " in line and "ChildFailed" not in line]
+        signals = re.findall(r"traceback : (Signal \d+ \(\w+\))", self.said)  # what torchrun says of it
         if not errors:
-            return "goes on" if "came to the end" in self.said else "nothing"
-        return errors[-1].split("Error: ", 1)[1]
+            return "goes on" if "came to the end" in self.said else f"{signals[-1]} received" if signals else "nothing"
+        text = errors[-1].split("Error: ", 1)[1]
+        return re.sub(r"\[/.*?\] | This is typically.*?(?=\(it was)", "", text)
 
 
 def run(fault: str, launcher: str = "python", rank: int = 1, workers: int = 0) -> Outcome:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +20,7 @@ MANY = "XTRAIN_MANY_PROCESSES"
 """A variable: 1 says that more processes than processors are meant."""
 STORES: Any = dist  # torch exports its stores without declaring them
 _ANSWER = timedelta(seconds=2)  # for one try: in it, Ctrl-C waits
-_TRIES = 5
+_TRIES = 3
 _LOOPBACK = "127.0.0.1"
 
 
@@ -101,11 +103,27 @@ def _reach(launch: Launch, seconds: float) -> Any:
             reason = f"within {seconds:g} s: {error}"
             time.sleep(0.2)
             continue
-        try:
-            return _client(launch)
-        except dist.DistError as error:  # whoever listens there is busy, or no store
-            refused, reason = refused + 1, str(error).splitlines()[0]
+        found = _in_time(lambda: _client(launch))
+        if not isinstance(found, Exception):
+            return found
+        refused, reason = refused + 1, str(found).splitlines()[0]  # whoever listens there is busy, or no store
     raise _unreachable(launch, reason)
+
+
+def _in_time(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns or raises; waiting for it can be interrupted, and ends: not every listener answers."""
+    box: list[Any] = []
+
+    def fill() -> None:
+        try:
+            box.append(work())
+        except Exception as error:  # handed over
+            box.append(error)
+
+    thread = threading.Thread(target=fill, name="xtrain-reach", daemon=True)
+    thread.start()
+    thread.join(_TRIES * _ANSWER.total_seconds())
+    return box[0] if box else TimeoutError("what listens there does not answer as a store")
 
 
 def _unreachable(launch: Launch, reason: str) -> LaunchError:
