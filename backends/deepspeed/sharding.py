@@ -50,7 +50,7 @@ class ShardedModule:
     One engine without optimizer does that for the whole module, whoever owns which parameter.
     Small parameters (DeepSpeed's persistence threshold), those that lie directly on the module, outside of
     any layer's forward, and those that a hook reads before one (`torch.nn.utils.weight_norm`) are held whole
-    between steps. A copy of one that is not whole is refused: it would be empty.
+    between steps. A copy or a ``state_dict()`` of one that is not whole is refused: it would be empty.
 
     Args:
         module: the user's.
@@ -67,6 +67,7 @@ class ShardedModule:
         self._held = [p for _, p in named if p.ds_persist or id(p) in own]
         for name, parameter in named:
             parameter.__deepcopy__ = partial(_copy_whole, name, parameter)
+        self._guards = [m.register_state_dict_pre_hook(_refuse_parts) for m in module.modules()]
 
     def hold(self) -> None:
         """Gather what is held whole: when all engines are made, and after each step."""
@@ -128,6 +129,8 @@ class ShardedModule:
         After an exception in one of several processes the others do not take part in a gather any
         more; then the parameters stay as they are, so that the exception is what the user sees.
         """
+        for handle in self._guards:
+            handle.remove()
         failed = sys.exc_info()[0] is not None and torch.distributed.get_world_size() > 1
         if not failed:
             parameters = list(self._module.parameters())
@@ -142,10 +145,21 @@ class ShardedModule:
 def _copy_whole(name: str, parameter: Any, memo: dict[int, Any]) -> Any:
     if parameter.numel() == parameter.ds_numel:
         return nn.Parameter.__deepcopy__(parameter, memo)
-    expected = f"a whole {name} to copy"
+    raise _not_whole(name, "average = copy.deepcopy(self.net)")
+
+
+def _refuse_parts(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Refuse a ``state_dict()`` of empty tensors; one of the parameters themselves (`keep_vars`) is what was asked."""
+    parameters: Iterable[tuple[str, Any]] = vars(module)["_parameters"].items()
+    for name, parameter in () if keep_vars else parameters:
+        if parameter is not None and parameter.numel() != getattr(parameter, "ds_numel", parameter.numel()):
+            raise _not_whole(prefix + name, "state = self.net.state_dict()")
+
+
+def _not_whole(name: str, line: str) -> ProtocolError:
     received = "a part of it: ZeRO 3 keeps it in shards between forwards"
-    fix = "with self.trainer.backend.full_parameters(self.net): average = copy.deepcopy(self.net)"
-    raise ProtocolError(explain(expected, received, fix))
+    fix = f"with self.trainer.backend.full_parameters(self.net): {line}"
+    return ProtocolError(explain(f"a whole {name} to copy", received, fix))
 
 
 def _gather(parameters: list[Any]) -> None:

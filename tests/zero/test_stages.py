@@ -302,18 +302,21 @@ def test_weights_that_a_hook_computes_train_as_in_torch(norm):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_copy_of_what_is_partitioned_is_refused_or_whole():
+@pytest.mark.parametrize("reader", [copy.deepcopy, torch.nn.Module.state_dict], ids=["copy", "state_dict"])
+def test_a_copy_of_what_is_partitioned_is_refused_or_whole(reader):
     class Copying(jobs.Regression):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             with self.trainer.backend.full_parameters(self.net):
                 self.shapes = [tuple(p.shape) for p in copy.deepcopy(self.net).parameters()]
-            copy.deepcopy(self.net)
+                self.saved = [tuple(p.shape) for p in self.net.state_dict().values()]
+            reader(self.net)
 
     module = Copying(torch.nn.Linear(3, 1))
     trainer = Trainer("deepspeed", backend_options=PARTITIONED, max_epochs=1, enable_progress_bar=False)
-    with pytest.raises(ProtocolError, match=r"a whole net.weight to copy(.|\n)*full_parameters"):
+    with pytest.raises(ProtocolError, match=r"a whole (net.)?weight to copy(.|\n)*full_parameters"):
         trainer.fit(module, [torch.ones(2, 3)])
-    assert module.shapes == [(1, 3), (1,)]
+    assert module.shapes == module.saved == [(1, 3), (1,)]
+    assert [tuple(p.shape) for p in module.net.state_dict().values()] == [(1, 3), (1,)]
     assert [tuple(p.shape) for p in copy.deepcopy(module.net).parameters()] == [(1, 3), (1,)]
 
 
