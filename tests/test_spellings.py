@@ -138,3 +138,24 @@ def test_callbacks_that_are_none(callbacks):
     with pytest.raises(ConfigurationError) as caught:
         trainer(callbacks=callbacks)
     says(caught.value, "xtrain.Callback")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("nvidia", "Trainer(backend='cuda')"),
+        ("ddp", "Trainer(backend='cuda', devices=2)"),
+        ("zero3", "Trainer(backend='deepspeed', backend_options={'stage': 3})"),
+        ("fsdp2", "Trainer(backend='fsdp')"),
+        ("cud", "Trainer(backend='cuda')"),
+    ],
+)
+def test_a_name_is_answered_by_what_it_means_before_its_letters(name, fix):
+    with pytest.raises(ConfigurationError) as caught:
+        Trainer(backend=name)
+    says(caught.value, f"Fix:  {fix}")
+
+
+def test_a_backend_may_be_called_by_its_hardware():
+    assert read_backend("gpu", None, None) == ("cuda", {})
+    assert Trainer(backend="GPU").backend.name == "cuda"

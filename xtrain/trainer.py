@@ -28,6 +28,7 @@ from xtrain.compat.environment import environment_defaults
 from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
 from xtrain.data.datamodule import LightningDataModule
+from xtrain.data.sharding import recorded
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.auto import resolve
 from xtrain.loggers import Logger, as_loggers
@@ -256,17 +257,31 @@ class Trainer(TrainerState):
         return self._evaluate("test", model, dataloaders, datamodule)
 
     def predict(
-        self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
-    ) -> list[Any]:
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+    ) -> Any:
         """Return what ``predict_step`` returned per batch (a list of lists for several loaders).
+
+        Args:
+            model: the module; default: that of the last run.
+            dataloaders: one iterable of batches or several.
+            datamodule: gives the loaders instead.
+            return_predictions: False keeps none and returns None, for a callback that writes them.
 
         Example:
             >>> [prediction.shape for prediction in trainer.predict(module, data[:2])]
             [torch.Size([2, 1]), torch.Size([2, 1])]
         """
-        return self._evaluate("predict", model, dataloaders, datamodule)
+        kept = return_predictions is not False
+        found = self._evaluate("predict", model, dataloaders, datamodule, kept)
+        return found if kept else None
 
-    def _evaluate(self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any) -> list[Any]:
+    def _evaluate(
+        self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any, kept: bool = True
+    ) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
         check_datamodule({f"{'val' if stage == 'validate' else stage}_dataloader": loaders}, datamodule)
@@ -275,6 +290,10 @@ class Trainer(TrainerState):
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))
             run.loaders[stage] = found
+            run.keeps_predictions = kept or any(getattr(c, "needs_predictions", False) for c in self.callbacks)
+            if stage == "predict" and any(getattr(c, "needs_indices", False) for c in self.callbacks):
+                pairs = [recorded(loader) for loader in found]
+                found, run.indices = [loader for loader, _ in pairs], [seen for _, seen in pairs]
             return evaluate(run, stage, found)
 
 

@@ -4,6 +4,7 @@ from xtrain.callbacks.base import Callback as Callback
 from xtrain.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from xtrain.callbacks.lambda_function import LambdaCallback as LambdaCallback
 from xtrain.callbacks.learning_rate import LearningRateMonitor as LearningRateMonitor
+from xtrain.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from xtrain.callbacks.profiler import Profiler as Profiler
 from xtrain.callbacks.progress import ProgressBar as ProgressBar
 from xtrain.callbacks.summary import ModelSummary as ModelSummary
@@ -12,6 +13,7 @@ from xtrain.callbacks.weight_averaging import EMAWeightAveraging as EMAWeightAve
 from xtrain.callbacks.weight_averaging import WeightAveraging as WeightAveraging
 
 __all__ = [
+    "BasePredictionWriter",
     "Callback",
     "EMAWeightAveraging",
     "EarlyStopping",

@@ -8,7 +8,7 @@ from typing import Any
 
 from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
-from xtrain.errors import ConfigurationError, explain
+from xtrain.errors import ConfigurationError, UnknownBackendError, explain
 from xtrain.registry import registered_backends, third_party_backends
 
 Spellings = Mapping[str, tuple[str | None, Mapping[str, Any]]]  # the backend, and the options that are implied
@@ -29,6 +29,16 @@ STRATEGIES: Spellings = {
     "fsdp": ("fsdp", {}),
     "fsdp_cpu_offload": ("fsdp", {"offload": "cpu"}),
 }
+# What people write for a backend, and what they mean by it.
+MEANINGS: Mapping[str, str] = {
+    **dict.fromkeys(("nvidia", "nccl", "amp", "rocm", "amd", "hip"), "Trainer(backend='cuda')"),
+    **dict.fromkeys(("ddp", "dp", "multi_gpu", "multigpu"), "Trainer(backend='cuda', devices=2)"),
+    **dict.fromkeys(("zero", "ds", "zero1"), "Trainer(backend='deepspeed', backend_options={'stage': 1})"),
+    **{f"zero{n}": f"Trainer(backend='deepspeed', backend_options={{'stage': {n}}})" for n in (2, 3)},
+    **dict.fromkeys(("fsdp2", "fully_sharded", "fsdp_native"), "Trainer(backend='fsdp')"),
+    **dict.fromkeys(("torch_xla", "pjrt", "google", "colab"), "Trainer(backend='tpu')"),
+    **dict.fromkeys(("gloo", "local", "none", "default"), "Trainer(backend='cpu')"),
+}
 AUTO = "auto"
 HARDWARE, FALLBACK = ("cuda",), "cpu"  # what "auto" looks for, in this order, unless a launcher asks for something else
 # Variables of launchers, and the backend each asks for if it is true; the first that is counts.
@@ -47,6 +57,7 @@ def read_backend(
     Raises:
         ConfigurationError: for an unknown spelling, or two that disagree.
     """
+    backend = _meant(backend) if isinstance(backend, str) else backend
     if backend == AUTO:
         backend = None
     named: dict[str, str] = {}
@@ -67,6 +78,21 @@ def read_backend(
                 )
         return backend, options
     return next(iter(named.values()), AUTO), options
+
+
+def _meant(backend: str) -> str:
+    """Return `backend`, or the backend whose hardware it names (``"gpu"``).
+
+    Raises:
+        UnknownBackendError: for a name that means one but is none, with the line that says it.
+    """
+    name = backend.lower()
+    if backend == AUTO or backend in registered_backends():
+        return backend
+    if name in MEANINGS:
+        known = ", ".join(map(repr, registered_backends()))
+        raise UnknownBackendError(explain(f"a backend out of {known}", repr(backend), MEANINGS[name]))
+    return ACCELERATORS[name][0] or backend if name in ACCELERATORS else backend
 
 
 def _agreed_options(

@@ -125,7 +125,6 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("RichProgressBar", "TQDMProgressBar"), "xtrain.callbacks.ProgressBar"),
     **dict.fromkeys(("CometLogger", "LitLogger", "NeptuneLogger"),
                     "a class derived from xtrain.loggers.Logger, with log_metrics(metrics, step)"),
-    "BasePredictionWriter": "torch.save(outputs, path) in on_predict_batch_end",
     "CheckpointHooks": "self.register_buffer(...) for what the state_dict shall hold",
     "DeviceStatsMonitor": "self.log('memory', float(torch.cuda.max_memory_allocated())) in training_step",
     "LightningArgumentParser": "jsonargparse.ArgumentParser, which xtrain.cli.LightningCLI uses",

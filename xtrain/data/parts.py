@@ -189,3 +189,24 @@ def _told(workers: _AllWorkers) -> Iterator[None]:
         yield
     finally:
         _WORKER._worker_info = before
+
+
+class RecordedBatches(Sampler[Any]):
+    """The batches of a batch sampler, whose indices are kept in `seen`."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.seen: list[Any] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on."""
+        tell_epoch(self.batches, epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen.clear()
+        for indices in self.batches:
+            self.seen.append(list(indices))
+            yield indices

@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from xtrain.collectives import Collectives
 from xtrain.data.batches import END
 from xtrain.data.combined import CombinedLoader, TogetherLoader
-from xtrain.data.parts import EachOnce, PartOfIterable, PartOfSampler, WorkerStart, tell_epoch
+from xtrain.data.parts import EachOnce, PartOfIterable, PartOfSampler, RecordedBatches, WorkerStart, tell_epoch
 from xtrain.errors import ConfigurationError, explain
 
 _COPIED = (
@@ -103,6 +103,18 @@ def unshuffled(loader: Any) -> Any:
     if batches is None:
         return _rebuilt(loader, batch_size=None, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
     return _rebuilt(loader, shuffle=False, batch_size=batches.batch_size, drop_last=batches.drop_last)
+
+
+def recorded(loader: Any) -> tuple[Any, list[Any] | None]:
+    """Return `loader`, and the list that the indices of each of its batches will be added to.
+
+    The list is None where there are no indices: for anything but a DataLoader of a map-style dataset in batches.
+    """
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    if batches is None or isinstance(loader.dataset, IterableDataset):
+        return loader, None
+    sampler = RecordedBatches(batches)
+    return _rebuilt(loader, batch_sampler=sampler), sampler.seen
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

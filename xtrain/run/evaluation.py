@@ -45,10 +45,11 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
         run.call(f"on_{name}_epoch_start")
         outputs = [_over_loader(run, kind, step, loader, i, several, limit) for i, loader in enumerate(loaders)]
         if stage == "predict":
+            run.predictions = outputs if several else outputs[0]
             run.call("on_predict_epoch_end")
             run.call("on_predict_end")
             meet(run, f"end {name}")
-            return outputs if several else outputs[0]
+            return run.predictions  # type: ignore[no-any-return]
         run.metrics.reduce_epoch()
         run.call(f"on_{name}_epoch_end")
         run.metrics.send_epoch(run.log_step, run.trainer.current_epoch)
@@ -79,7 +80,7 @@ def _over_loader(
         run.backend.step_boundary()
         run.call(f"on_{name}_batch_end", output, batch, batch_idx, index)
         run.metrics.flush_step(run.log_step, run.trainer.current_epoch)
-        if stage == "predict":
+        if stage == "predict" and run.keeps_predictions:
             outputs.append(output)
     run.evaluated = None
     if not any(map(any, run.backend.collectives.meet("end a loader", bytes([batch_idx >= 0])))) and limit != 0:

@@ -100,6 +100,9 @@ class Run:
         active: whether it has not ended yet.
         failed: whether it ended by an exception.
         evaluated: the current batch of an evaluation, from 0; None between them.
+        keeps_predictions: whether anybody wants the outputs of ``predict_step`` at the end.
+        predictions: these outputs.
+        indices: of each loader of a prediction the indices of its batches, where a callback needs them.
         remark: what has just changed the course of the training, for messages.
         watch: looks whether a fit trains anything, see `xtrain.run.checks.IdleWatch`.
     """
@@ -119,6 +122,9 @@ class Run:
     active: bool = True
     failed: bool = False
     evaluated: int | None = None
+    keeps_predictions: bool = True
+    predictions: Any = None
+    indices: list[Any] = field(default_factory=list)
     remark: str = ""
     watch: Callable[[], None] = lambda: None
 
