@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from xtrain_backends.eager.averaging import agree, average, state_of
 from xtrain_backends.eager.process_group import TorchCollectives
 
-from xtrain import LightningModule, Trainer, rank_zero_only, seed_everything
+from xtrain import LightningModule, ProtocolError, Trainer, rank_zero_only, seed_everything
 from xtrain.testing.experiments import make_trainer
 from xtrain.testing.experiments.gan import Gan
+from xtrain.testing.misuse import MISUSES
 from xtrain.testing.networks import batches
 
 
@@ -21,6 +22,16 @@ def joined(world_size, rank):
     trainer = make_trainer("cpu", "32-true", {}, max_epochs=1)
     trainer.fit(Gan(), batches(1, world_size, rank))
     return rank_zero_only(lambda: trainer.global_rank)(), trainer.world_size
+
+
+def misused(name, world_size, rank):
+    """Train the module of a misuse of the suite; return what it is refused with."""
+    misuse = next(m for m in MISUSES if m.name == name)
+    try:
+        make_trainer("cpu", "32-true", {}, max_epochs=1).fit(misuse.module(), batches(1, world_size, rank))
+    except ProtocolError as error:
+        return str(error)
+    return None
 
 
 def average_gradients(parameters, call, rank):

@@ -1,8 +1,10 @@
 """The cpu backend on two real processes, held to the conformance suite: each has half of every batch."""
 
+from functools import partial
 from typing import ClassVar
 
 import pytest
+import rank_jobs
 
 from xtrain.testing import BackendConformance
 from xtrain.testing.ranks import Ranks
@@ -26,3 +28,9 @@ class TestTwoProcesses(BackendConformance):
 
     def launch(self, job):
         return self.ranks.run(job)
+
+    @pytest.mark.parametrize("name", ["edited-gradients", "replaced-gradients", "direct-backward", "raw-step"])
+    def test_what_would_miss_the_average_is_refused_on_every_rank(self, name):
+        for said in self.ranks.run(partial(rank_jobs.misused, name)):
+            assert "the average over processes" in said
+            assert "Fix: " in said
