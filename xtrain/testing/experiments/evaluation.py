@@ -18,9 +18,8 @@ from xtrain.testing.recorder import OneOptimizer
 class WithValidation(Accumulate):
     """Gradients accumulated over two batches survive a validation after every batch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.G.eval()
+    def on_fit_start(self) -> None:
+        self.G.eval()  # not in __init__, where it might have been forgotten, and would be told
 
     def modes(self) -> list[bool]:
         """Return ``training`` of the module and of its networks, and whether gradients are recorded."""
