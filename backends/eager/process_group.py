@@ -22,6 +22,9 @@ T = TypeVar("T")
 _OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # The second name is the older one.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# gloo's thread lets go of a message a moment after the wait for it is over. Were it the last to hold the tensors, it
+# would need the interpreter's lock, which aborts a process that has come to its end by then.
+_RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=8)
 _SLICE = timedelta(seconds=1)
 # A CUDA run talks about host values too: fingerprints, objects, which gradients there are.
 _GROUPS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
@@ -48,8 +51,10 @@ class TorchCollectives(Collectives):
 
         Earlier headers are looked at first: what differs is told before this rank waits in vain.
         """
+        sent = self._header(call, facts, note)
         received = torch.empty((self.world_size, HEADER), dtype=torch.uint8)
-        work = _ALL_GATHER(received.view(-1), self._header(call, facts, note), async_op=True)
+        _RECENT.append((sent, received))
+        work = _ALL_GATHER(received.view(-1), sent, async_op=True)
         heard: list[bytes] = []
 
         def hear() -> None:
