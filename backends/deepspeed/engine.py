@@ -7,6 +7,7 @@ parameters of another optimizer costs nothing, may be accumulated, and may be dr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from xtrain.errors import ConfigurationError, explain
 
 from .gradients import fill, requiring_grad
 from .layout import read_groups
+
+_LOG = logging.getLogger("xtrain")
 
 
 class ParameterContainer(nn.Module):
@@ -105,6 +108,7 @@ class OptimizerEngine:
         device: torch.device,
     ) -> None:
         self.parameters = [p for p in named.values() if p.requires_grad]
+        self._names, self._told = [name for name, p in named.items() if p.requires_grad], False
         self._optimizer = optimizer
         self.every_parameter = list(named.values())
         self._frozen = [p for p in named.values() if not p.requires_grad]
@@ -199,6 +203,7 @@ class OptimizerEngine:
     def _reduce(self) -> None:
         if self.stage == 0 and self._collectives.world_size == 1:
             return
+        self._tell_of_momentum()
         with requiring_grad(self.parameters):
             for parameter in self.parameters:
                 # Every rank must reduce the same list; stage 3 would take the previous step's.
@@ -212,6 +217,18 @@ class OptimizerEngine:
                 self._clean_buffers()
                 with self.engine.coalesce_grad_reduction():
                     pass
+
+    def _tell_of_momentum(self) -> None:
+        """Say once that what no loss reached moves all the same, by the moments of earlier steps."""
+        missing = [name for name, p in zip(self._names, self.parameters, strict=True) if p.grad is None]
+        if self._told or not self.stage or len(missing) in (0, len(self.parameters)):
+            return
+        if any(self._raw.state.values()):
+            self._told = True
+            expected = f"a gradient for every parameter of {self._optimizer!r}, which DeepSpeed steps on in one piece"
+            fix = "an optimizer for each part that is trained apart, or DeepSpeed(stage=0)"
+            received = f"none for {', '.join(missing[:3])} in this step; momentum moves them"
+            _LOG.warning(explain(expected, received, fix))
 
     def _clean_buffers(self) -> None:
         """Zero the buffers that DeepSpeed reuses: a NaN in their padding would stay for ever."""

@@ -320,6 +320,24 @@ def test_a_copy_of_what_is_partitioned_is_refused_or_whole(reader):
     assert [tuple(p.shape) for p in copy.deepcopy(module.net).parameters()] == [(1, 3), (1,)]
 
 
+@pytest.mark.parametrize(("make", "told"), [(torch.optim.Adam, 1), (torch.optim.SGD, 0)])
+def test_parameters_that_momentum_moves_are_told_once(caplog, make, told):
+    class Parts(jobs.Regression):
+        def training_step(self, batch, batch_idx):
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(self.net[batch_idx % 2](batch).square().mean())
+            opt.step()
+
+        def configure_optimizers(self):
+            return make(self.net.parameters(), lr=0.05)
+
+    module = Parts(torch.nn.ModuleList([torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)]))
+    trainer = Trainer("deepspeed", backend_options={"stage": 2}, max_epochs=1, enable_progress_bar=False)
+    trainer.fit(module, [torch.ones(2, 3)] * 4)
+    assert caplog.text.count("none for net.0.weight, net.0.bias in this step; momentum moves them") == told
+
+
 def test_what_deepspeed_itself_refuses_is_told_with_the_settings(pair):
     zero = {"stage": 3, "zero_hpz_partition_size": 3}  # for two processes
     with pytest.raises(ConfigurationError, match=r"settings that DeepSpeed can make.*zero_hpz_partition_size': 3"):
