@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import io
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from xtrain import Callback, LightningModule, ProgressBar, Trainer
+from xtrain.callbacks import RichProgressBar
 from xtrain.callbacks.base import hook_names
 from xtrain.hooks import ModuleHooks
 
@@ -281,3 +283,22 @@ def test_a_fit_begins_with_one_line_and_ends_its_epochs_with_their_last_values(c
     assert [re.search(r"late=(\S+)\]", line)[1] for line in lines[1:]] == ["0", "1", "2"]
     assert [" left in all)" in line for line in lines[1:]] == [False, True, False]
     assert all("loss=" in line and "val=2.5" in line for line in lines[1:])
+
+
+def test_rich_shows_the_same(capsys):
+    data = torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=4)
+    bar = RichProgressBar(refresh_seconds=0.0)
+    Trainer("cpu", max_epochs=2, log_every_n_steps=1, callbacks=bar).fit(Regression(), data, data)
+    captured = capsys.readouterr()
+    for epoch in ("1", "2"):
+        assert re.search(rf"Epoch {epoch}/2 .* 3/3 .*loss=\S+, val=2\.5", captured.err)
+    assert "hello" in captured.err
+    bar.print("after")
+    assert capsys.readouterr().out == "after\n"
+    assert [type(c) for c in Trainer("cpu", callbacks=bar).callbacks] == [RichProgressBar]
+
+
+def test_rich_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(ImportError, match=r"pip install 'xtrain-torch\[rich\]'"):
+        RichProgressBar()

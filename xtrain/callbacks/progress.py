@@ -48,7 +48,7 @@ class ProgressBar(Callback):
         self._seconds = refresh_seconds
         self._leave = leave
         self._shown = False
-        self._bars: list[_Bar] = []  # the last one is drawn: validation runs inside of an epoch
+        self._bars: list[Any] = []  # the last one is drawn: validation runs inside of an epoch
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Find out whether this process shows anything."""
@@ -73,7 +73,10 @@ class ProgressBar(Callback):
         if self._shown:
             known = None if total is None or math.isinf(total) else int(total)
             with self._while_it_works():
-                self._bars.append(_Bar(description, known, self._seconds, leave and self._leave))
+                self._bars.append(self._make(description, known, leave and self._leave))
+
+    def _make(self, description: str, total: int | None, leave: bool) -> Any:
+        return _Bar(description, total, self._seconds, leave)
 
     @contextmanager
     def _while_it_works(self) -> Iterator[None]:

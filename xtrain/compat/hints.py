@@ -122,7 +122,7 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("Checkpoint", "ModelCheckpoint", "OnExceptionCheckpoint"), "torch.save(module.state_dict(), p)"),
     "StochasticWeightAveraging": "xtrain.callbacks.WeightAveraging, with should_update(...) of your own",
     **dict.fromkeys(("RichModelSummary",), "xtrain.callbacks.ModelSummary"),
-    **dict.fromkeys(("RichProgressBar", "TQDMProgressBar"), "xtrain.callbacks.ProgressBar"),
+    "TQDMProgressBar": "xtrain.callbacks.ProgressBar",
     **dict.fromkeys(("CometLogger", "LitLogger", "NeptuneLogger"),
                     "a class derived from xtrain.loggers.Logger, with log_metrics(metrics, step)"),
     "CheckpointHooks": "self.register_buffer(...) for what the state_dict shall hold",

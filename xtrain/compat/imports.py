@@ -27,7 +27,7 @@ HERE: dict[str, str] = {
     **dict.fromkeys(("LightningOptimizer", "rank_zero_only"), ""),
     **dict.fromkeys(("CSVLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"), "loggers"),
     **dict.fromkeys(("EMAWeightAveraging", "EarlyStopping", "LambdaCallback", "LearningRateMonitor"), "callbacks"),
-    "BasePredictionWriter": "callbacks",
+    **dict.fromkeys(("BasePredictionWriter", "RichProgressBar"), "callbacks"),
     "WriteInterval": "callbacks.prediction_writer",
     **dict.fromkeys(("ModelSummary", "ProgressBar", "Timer", "WeightAveraging"), "callbacks"),
     **dict.fromkeys(("ArgsType", "LightningCLI", "SaveConfigCallback"), "cli"),

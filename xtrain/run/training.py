@@ -54,6 +54,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
     trainer, backend, metrics, life, plan = run.trainer, run.backend, run.metrics, run.life, run.plan
     at_start, at_end = run.hooks["on_train_batch_start"], run.hooks["on_train_batch_end"]
     progress, counted = trainer.progress, int(trainer.step_counting == "training")
+    accumulates = trainer.accumulate_grad_batches > 1
     run.call("on_train_epoch_start")
     progress.batch_idx, progress.first_batch, run.remark = -1, progress.batches, ""
     for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
@@ -77,7 +78,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             run.call("on_train_batch_end", detached_outputs(outputs, trainer.accumulate_grad_batches), batch, index)
         if life.last_loss is not None:
             metrics.checks["loss"] = life.last_loss
-        if not run.accumulating:
+        if not (accumulates and run.accumulating):
             _look_at(run, metrics.flush_step(progress.logged_steps, progress.epoch))
             progress.logged_steps += 1
         progress.batches += 1
