@@ -429,3 +429,17 @@ def test_a_validation_that_fails_gives_the_weights_back():
     assert_equal(module.net, by_hand.net)
     assert rows(1).shape == (1, 3)
     assert trainer().current_epoch == 0
+
+
+def test_an_average_goes_on_from_a_checkpoint():
+    ema, states = EMAWeightAveraging(decay=0.7), []
+    note = LambdaCallback(on_train_epoch_end=lambda t, m: states.append((ema.state_dict(), copy.deepcopy(m.net))))
+    whole, _ = trained(max_epochs=2, callbacks=[note, ema])
+    state, layer = states[0]
+    assert int(state["n_averaged"]) == 4
+    resumed, module = EMAWeightAveraging(decay=0.7), Small()
+    module.net.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(state)
+    trained(module=module, callbacks=resumed)
+    assert_equal(module.net, whole.net)
+    assert EMAWeightAveraging().state_dict() == {}

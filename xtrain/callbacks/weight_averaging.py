@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xtrain.callbacks.base import Callback
+from xtrain.errors import ConfigurationError, explain
 
 if TYPE_CHECKING:
     from xtrain.contract import Backend
@@ -101,6 +102,25 @@ class WeightAveraging(Callback):
         """Let go of the module."""
         self._live = self._average = None
 
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average and how many weights it is of.
+
+        Raises:
+            ConfigurationError: where each process keeps its own shard of it, which one file would lose.
+        """
+        if self._average is None or self._live is None:
+            return {}
+        if self._live.sharded:
+            fix = "a backend that keeps parameters whole, or no WeightAveraging beside checkpoints"
+            raise ConfigurationError(explain("averages of whole parameters in a checkpoint", "shards of them", fix))
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._average.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the average that `state_dict` returned, when training starts."""
+        self._loaded = state or None
+
     # ---------------------------------------------------------------- how
 
     def _update(self) -> None:
@@ -163,6 +183,12 @@ class _LiveModule:
 
     def __init__(self, module: nn.Module, backend: Backend) -> None:
         self._module, self._backend = module, backend
+
+    @property
+    def sharded(self) -> bool:
+        """Whether other processes keep parts of the parameters."""
+        whole = self._backend.elements_of
+        return any(part.numel() != whole(p) for p, part in zip(self._module.parameters(), self.parts(), strict=True))
 
     def parts(self) -> Iterator[Tensor]:
         """Yield the memory of this process's part of each parameter."""
