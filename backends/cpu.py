@@ -31,4 +31,4 @@ class CPU(EagerBackend):
 
     def launch(self) -> None:
         self.device = torch.device("cpu")
-        self._join("gloo")
+        self.join("gloo")

@@ -57,8 +57,11 @@ class CUDA(EagerBackend):
     def available(cls) -> str | None:
         if torch.cuda.is_available():
             return None
-        if torch.version.cuda is None:
-            return "this torch was built without CUDA; pip install 'xtrain-torch[cuda]' from an index with CUDA builds"
+        if torch.version.cuda is None and torch.version.hip is None:
+            return (
+                "this torch was built without CUDA and without ROCm, whose GPUs are this backend's, too; "
+                "pip install 'xtrain-torch[cuda]' from an index with such builds"
+            )
         return "no CUDA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use backend='cpu'"
 
     def launch(self) -> None:
@@ -69,7 +72,7 @@ class CUDA(EagerBackend):
             raise ConfigurationError(explain(f"at most {count} processes, one per visible GPU", wanted, fix))
         self.device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(self.device)
-        self._join("nccl")
+        self.join("nccl")
 
     def _move(self, tensor: Tensor) -> Tensor:
         if self.pin_memory and tensor.device.type == "cpu" and not tensor.is_pinned():

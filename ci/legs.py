@@ -127,6 +127,7 @@ CONFORMANCE = (
     Conformance("light", "cpu", 1, "tests/backends/test_cpu.py", _MIXED),
     Conformance("light", "cpu", 2, "tests/backends/test_cpu_two_processes.py", _MIXED),
     Conformance("light", "cuda-logic-on-cpu", 1, "tests/backends/test_cuda.py", (*_MIXED, "16-true")),
+    Conformance("light", "accelerator-logic-on-cpu", 1, "tests/backends/test_accelerator.py", (*_MIXED, "16-true")),
     Conformance("light", "fsdp", 1, "tests/backends/test_fsdp.py", _MIXED),
     Conformance("light", "fsdp", 2, "tests/backends/test_fsdp_two_processes.py", _MIXED),
     Conformance("full", "tpu", 1, "tests/backends/test_tpu.py", ("32-true", "bf16-mixed", "bf16-true"), _XLA, usual=2),

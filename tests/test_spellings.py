@@ -57,7 +57,7 @@ def test_instance_agrees_with_its_own_name():
         ({"backend": "cpu", "accelerator": "gpu"}, ("accelerator='gpu'", "backend='cpu'", "Trainer(backend='cuda')")),
         ({"backend": "cpu", "strategy": "xla"}, ("strategy='xla'", "backend='cpu'", "Trainer(backend='tpu')")),
         ({"backend": make_backend("cpu", None), "accelerator": "tpu"}, ("accelerator='tpu'", "backend='cpu'")),
-        ({"accelerator": "mps"}, ("accelerator out of", "'cuda'", "'mps'")),
+        ({"accelerator": "ipu"}, ("accelerator out of", "'cuda'", "'ipu'")),
         (
             {"strategy": "deepspeed_stage_3", "backend_options": {"stage": 1}},
             ("strategy='deepspeed_stage_3'", "agree on stage (3)", "stage=1", "backend='deepspeed' in place of"),

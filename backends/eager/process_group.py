@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 # would need the interpreter's lock, which aborts a process that has come to its end by then.
 _RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=8)
 _SLICE = timedelta(seconds=1)
-# A CUDA run talks about host values too: fingerprints, objects, which gradients there are.
-_GROUPS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 
 
 class TorchCollectives(Collectives):
@@ -137,7 +135,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def join_processes(
-    kind: Literal["gloo", "nccl"],
+    kind: str,
     device: torch.device,
     *,
     devices: int | None = None,
@@ -147,7 +145,7 @@ def join_processes(
     """Join the process group that the launcher's environment describes, or start the missing processes.
 
     Args:
-        kind: the library that communicates.
+        kind: the library that communicates: ``"gloo"``, ``"nccl"``, or what the device has.
         device: the device of this process.
         devices: processes the script asks for on this machine; None takes what the launcher started.
         always: make a group of one process too, for libraries that insist on a group.
@@ -158,15 +156,15 @@ def join_processes(
         LaunchError: if the processes do not find each other.
     """
     world = join(devices)
+    # A run on another device talks about host values too: fingerprints, objects, which gradients there are.
+    group = "gloo" if kind == "gloo" else f"cpu:gloo,{device.type}:{kind}"
     if not dist.is_initialized():
         if world is not None:
             place = world.launch
             store = STORES.PrefixStore("group", world.store)
-            dist.init_process_group(
-                _GROUPS[kind], store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
-            )
+            dist.init_process_group(group, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         elif always:
-            dist.init_process_group(_GROUPS[kind], store=STORES.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(group, store=STORES.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             return Collectives()
         # A group that outlives the interpreter now and then aborts it: its threads still hold tensors.

@@ -16,6 +16,7 @@ Spellings = Mapping[str, tuple[str | None, Mapping[str, Any]]]  # the backend, a
 ACCELERATORS: Spellings = {
     **{name: (name, {}) for name in ("cpu", "cuda", "tpu")},
     "gpu": ("cuda", {}),
+    **dict.fromkeys(("hpu", "mps", "npu", "xpu"), ("accelerator", {})),
     "xla": ("tpu", {}),
 }
 # Strategies that only say how processes start are None: the launcher decides that.
