@@ -149,6 +149,8 @@ LEGS = {
     "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA, usual=4),
     # Every ZeRO stage, on one process and on two.
     "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED, usual=3),
+    # The device backend of the page "Writing a backend".
+    "eager-base": Leg("light", tests=("tests/backends/test_eager_base.py",)),
     # Recipes of several optimizers in shards on two and four processes, both modes.
     "fsdp-recipes-2p-4p": Leg("light", tests=("tests/fsdp/test_*.py",)),
     # Real processes under every launcher; every command of the page on launching.
