@@ -41,7 +41,7 @@ class Counted(Recipe):
         for opt in opts:
             opt.zero_grad()
         for part in noise.chunk(4):
-            do.backward(self.b(self.a(part)).square().mean() / 4)
+            do.accumulate(self.b(self.a(part)).square().mean() / 4)
         for opt in opts:
             do.clip(opt, 1.0)
             opt.step()
@@ -112,7 +112,7 @@ class OnSomeRanks(Uneven):
             loss = loss + seen[::2].square().mean()
         elif self.global_rank == 0:
             loss = loss + 2 * seen.square().mean()
-        do.backward(loss)
+        do.accumulate(loss)
         for opt in opts:
             opt.step()
 
@@ -157,6 +157,6 @@ class Wide(Recipe):
     def train_on(self, do, opts, noise, data, index):
         (opt,) = opts
         opt.zero_grad()
-        do.backward(mse_loss(self.a(noise), data))
+        do.accumulate(mse_loss(self.a(noise), data))
         do.clip(opt, 0.5)
         opt.step()

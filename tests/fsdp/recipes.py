@@ -27,7 +27,7 @@ class Verbs:
     def __init__(self, opts):
         self.opts, self.norms = opts, []
 
-    def backward(self, loss, **options):
+    def accumulate(self, loss, **options):
         loss.backward(**options)
 
     def clip(self, opt, value, algorithm="norm"):
@@ -71,7 +71,7 @@ class Recipe(LightningModule):
 
     # ---- xtrain's verbs
 
-    def backward(self, loss, **options):
+    def accumulate(self, loss, **options):
         self.manual_backward(loss, **options)
 
     def clip(self, opt, value, algorithm="norm"):
@@ -128,12 +128,12 @@ class Wgan(Recipe):
             mixed = (0.3 * data + 0.7 * fake).requires_grad_()
             (inner,) = torch.autograd.grad(self.b(mixed).sum(), mixed, create_graph=True)
             loss = self.b(fake).mean() - self.b(data).mean()
-            do.backward(10 * (inner.norm(dim=1) - 1).square().mean())
-            do.backward(loss)
+            do.accumulate(10 * (inner.norm(dim=1) - 1).square().mean())
+            do.accumulate(loss)
             do.clip(b_opt, 0.5)
             b_opt.step()
         a_opt.zero_grad()
-        do.backward(-self.b(self.a(noise)).mean())  # untoggled: it strays into b
+        do.accumulate(-self.b(self.a(noise)).mean())  # untoggled: it strays into b
         do.clip(a_opt, 0.1)
         a_opt.step()
 
@@ -146,14 +146,14 @@ class Frozen(Recipe):
         with do.toggled(a_opt):
             a_opt.zero_grad()
             for part in noise.chunk(2):
-                do.backward(softplus(-self.b(self.a(part))).mean() / 2)
+                do.accumulate(softplus(-self.b(self.a(part))).mean() / 2)
             do.clip(a_opt, 0.02)
             a_opt.step()
         fake = self.a(noise)
         with do.toggled(b_opt):
             b_opt.zero_grad()
-            do.backward(softplus(self.b(fake.detach())).mean())
-            do.backward(softplus(-self.b(data)).mean())
+            do.accumulate(softplus(self.b(fake.detach())).mean())
+            do.accumulate(softplus(-self.b(data)).mean())
             do.clip(b_opt, 0.03, "value")
             b_opt.step()
 
@@ -172,7 +172,7 @@ class Muon(Recipe):
         )
 
     def train_on(self, do, opts, noise, data, index):
-        do.backward(mse_loss(self.a(noise), data))
+        do.accumulate(mse_loss(self.a(noise), data))
         do.clip(opts[0], 0.3)
         opts[0].step()
         opts[0].zero_grad()
@@ -202,7 +202,7 @@ class Tied(Recipe):
         opt.zero_grad()
         hidden = self.a(noise) * self.a.gain
         loss = mse_loss(self.b(hidden) * self.free, data) + self.c(hidden).square().mean()
-        do.backward(loss + self.head(data).square().mean())
+        do.accumulate(loss + self.head(data).square().mean())
         do.clip(opt, 1.0)
         opt.step()
 
@@ -236,7 +236,7 @@ class Average(Recipe):
         opt.zero_grad()
         with torch.no_grad():
             target = self.slow(noise)
-        do.backward(mse_loss(self.a(noise), data) + mse_loss(self.a(noise * 2), target))
+        do.accumulate(mse_loss(self.a(noise), data) + mse_loss(self.a(noise * 2), target))
         opt.step()
         with torch.no_grad():
             for slow, fast in zip(self.slow.parameters(), self.a.parameters(), strict=True):
@@ -270,7 +270,7 @@ class Methods(Recipe):
     def train_on(self, do, opts, noise, data, index):
         (opt,) = opts
         opt.zero_grad()
-        do.backward(mse_loss(self.a(noise), data) + self.a.encode(noise).square().mean())
+        do.accumulate(mse_loss(self.a(noise), data) + self.a.encode(noise).square().mean())
         do.clip(opt, 0.3)
         opt.step()
 
@@ -290,7 +290,7 @@ class Lbfgs(Recipe):
         def closure():
             opt.zero_grad()
             loss = mse_loss(self.a(noise) * self.free, data)
-            do.backward(loss)
+            do.accumulate(loss)
             return loss
 
         opt.step(closure)
@@ -307,7 +307,7 @@ class Uneven(Recipe):
         loss = mse_loss(out, data)
         if self.routed(index):
             loss = loss + self.b(out).square().mean()
-        do.backward(loss)
+        do.accumulate(loss)
         a_opt.step()
         b_opt.step()
 
