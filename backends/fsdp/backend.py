@@ -207,6 +207,7 @@ class FSDP(EagerBackend):
         if self._replicated:
             facts = self._agree(optimizer, facts)
             average(plain, facts[len(reduced) :], self.collectives.world_size)
+        before = [(parameter, parameter.versions) for _, parameter in reduced]
         wanted: dict[LayerGroup, list[ShardedParameter]] = {}
         for (group, parameter), exists in zip(reduced, facts, strict=False):
             if exists:
@@ -215,6 +216,8 @@ class FSDP(EagerBackend):
         ends = [group.start_reduction(parameters) for group, parameters in reversed(wanted.items())]
         for end in ends:
             end()
+        for parameter, versions in before:  # some belong to another optimizer, whose gradients nobody edited
+            parameter.note_reduction(versions)
 
     def unscale_gradients(self, scaler: LossScaler, optimizer: OptimizerHandle) -> None:
         found = scaler.unscale(optimizer)
@@ -293,7 +296,8 @@ class FSDP(EagerBackend):
         return any(p.local_gradient is not None for _, p in self._in_shards(optimizer))
 
     def gradient_versions(self, optimizer: OptimizerHandle) -> list[Any]:
-        return [*super().gradient_versions(optimizer), *(p.versions for _, p in self._in_shards(optimizer))]
+        plain = [None if p.grad is None else (id(p.grad), p.grad._version) for p in self._plain(optimizer)]
+        return [*plain, *(p.versions for _, p in self._in_shards(optimizer))]
 
     def unseen_gradient(self) -> str | None:
         scaled = [] if self.scaler is None else ["the loss scale"]
