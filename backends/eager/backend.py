@@ -44,15 +44,7 @@ class EagerBackend(ScalingBackend):
         self.timeout = check_timeout(timeout, type(self).__name__)
 
     def join(self, kind: str) -> None:
-        """Join the processes of the launcher, or start the missing ones, for a subclass that has set `device`.
-
-        Args:
-            kind: the library that communicates between devices: ``"gloo"``, ``"nccl"``, or the device's own.
-
-        Raises:
-            ConfigurationError: if ``devices`` contradicts the launcher.
-            LaunchError: if the processes do not find each other.
-        """
+        """Join the processes, on `device`, by the library `kind`: ``"gloo"``, ``"nccl"``, or the device's own."""
         self.collectives = join_processes(kind, self.device, devices=self.devices, timeout=self.timeout)
         self._replicated = self.collectives.world_size > 1
 

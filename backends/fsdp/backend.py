@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-from xtrain.contract import Capabilities, OptimizerHandle, Phase
+from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
 from xtrain.scaler import LossScaler
@@ -157,17 +157,6 @@ class FSDP(EagerBackend):
         known = {} if self._sharded is None else self._sharded.by_shard
         return [p for p in optimizer.parameters if p not in known]
 
-    def _reduced_with(self, optimizer: OptimizerHandle) -> list[tuple[LayerGroup, ShardedParameter]]:
-        """Return what is reduced when `optimizer` is finalized: its groups, also what others train of them.
-
-        Left out is what another optimizer has finalized already, or what nobody trains.
-        """
-        groups = dict.fromkeys(group for group, _ in self._in_shards(optimizer))
-        trained = {
-            p for o in self._optimizers if o is optimizer or o.phase is not Phase.FINALIZED for p in o.parameters
-        }
-        return [(group, p) for group in groups for p in group.parameters if p.sharded in trained]
-
     def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
         super().zero_grad(optimizer, set_to_none)
         for _, parameter in self._in_shards(optimizer):
@@ -201,13 +190,12 @@ class FSDP(EagerBackend):
         return self._leaves(optimizer.parameters)
 
     def average_gradients(self, optimizer: OptimizerHandle) -> None:
-        reduced = [] if self.reduce == "backward" else self._reduced_with(optimizer)
+        reduced = [] if self.reduce == "backward" else self._in_shards(optimizer)
         plain = self._plain(optimizer)
         facts = [int(p.local_gradient is not None) for _, p in reduced] + [state_of(p) for p in plain]
         if self._replicated:
             facts = self._agree(optimizer, facts)
             average(plain, facts[len(reduced) :], self.collectives.world_size)
-        before = [(parameter, parameter.versions) for _, parameter in reduced]
         wanted: dict[LayerGroup, list[ShardedParameter]] = {}
         for (group, parameter), exists in zip(reduced, facts, strict=False):
             if exists:
@@ -216,8 +204,6 @@ class FSDP(EagerBackend):
         ends = [group.start_reduction(parameters) for group, parameters in reversed(wanted.items())]
         for end in ends:
             end()
-        for parameter, versions in before:  # some belong to another optimizer, whose gradients nobody edited
-            parameter.note_reduction(versions)
 
     def unscale_gradients(self, scaler: LossScaler, optimizer: OptimizerHandle) -> None:
         found = scaler.unscale(optimizer)

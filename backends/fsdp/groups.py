@@ -56,8 +56,6 @@ class ShardedParameter:
         self._inner, self.original = inner, original
         self.sharded: nn.Parameter = inner.sharded_param
         self._hooked: list[Any] = []
-        self._reduced: list[Any] = []
-        self._before: list[Any] = []
 
     @property
     def whole(self) -> nn.Parameter:
@@ -88,15 +86,9 @@ class ShardedParameter:
 
     @property
     def versions(self) -> list[Any]:
-        """What changes when a backward adds to a gradient, or when somebody edits one; a reduction is neither."""
+        """What changes when a backward adds to a gradient, or when somebody edits one."""
         gradients = [self.sharded.grad, self.whole.grad, self._inner.unsharded_accumulated_grad]
-        now = [None if g is None else (id(g), local(g)._version) for g in gradients]
-        return self._before if now == self._reduced else now
-
-    def note_reduction(self, before: list[Any]) -> None:
-        """Let `versions` go on being `before`, what they were before the gradient was reduced."""
-        self._reduced, self._before = [], []
-        self._reduced, self._before = self.versions, before
+        return [None if g is None else (id(g), local(g)._version) for g in gradients]
 
     def take_local_gradient(self) -> Callable[[], None]:
         """Drop the local gradient, and return what puts it back."""
