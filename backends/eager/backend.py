@@ -149,6 +149,5 @@ class EagerBackend(ScalingBackend):
             check_replicas(module, self.collectives)
 
     def unseen_gradient(self) -> str | None:
-        lost = ["the average over processes"] if self._replicated else []
-        lost += [] if self.scaler is None else ["the loss scale"]
-        return " and ".join(lost) or None
+        lost = {"the average over processes": self._replicated, "the loss scale": self.scaler is not None}
+        return " and ".join(name for name, missed in lost.items() if missed) or None
