@@ -39,7 +39,7 @@ class UnknownBackendError(ConfigurationError):
     Example:
         >>> Trainer(backend="cpo")
         Traceback (most recent call last):
-        xtrain.errors.UnknownBackendError: Expected a backend out of 'cpu', 'cuda', ... Received: 'cpo'.
+        xtrain.errors.UnknownBackendError: Expected a backend out of ... 'cpu', 'cuda', ... Received: 'cpo'.
         Fix:  Trainer(backend='cpu')
     """
 
