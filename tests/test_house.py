@@ -32,6 +32,7 @@ PUBLIC = {
     "LightningModule",
     "LightningOptimizer",
     "MissingDependencyError",
+    "ModelCheckpoint",
     "NonFiniteLossError",
     "ProgressBar",
     "ProtocolError",

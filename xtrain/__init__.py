@@ -1,6 +1,7 @@
 """xtrain: one hand-written training step, on CPU, CUDA-AMP, TPU and DeepSpeed, chosen by a flag."""
 
 from xtrain.callbacks import Callback as Callback
+from xtrain.callbacks import ModelCheckpoint as ModelCheckpoint
 from xtrain.callbacks import ProgressBar as ProgressBar
 from xtrain.compat.imports import install as _install_import_paths
 from xtrain.contract import Backend as Backend
@@ -39,6 +40,7 @@ __all__ = [
     "LightningModule",
     "LightningOptimizer",
     "MissingDependencyError",
+    "ModelCheckpoint",
     "NonFiniteLossError",
     "ProgressBar",
     "ProtocolError",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from xtrain.checkpoint.loading import LoadsFromCheckpoint
 from xtrain.tensors import map_tensors, moved
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class BatchHooks:
         return batch
 
 
-class ModuleHooks(BatchHooks):
+class ModuleHooks(LoadsFromCheckpoint, BatchHooks):
     """Names, arguments and moments of the hooks; signatures are Lightning's."""
 
     def setup(self, stage: str) -> None:
@@ -51,6 +52,12 @@ class ModuleHooks(BatchHooks):
 
     def teardown(self, stage: str) -> None:
         """Run on every process after a run, also after an exception."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before a checkpoint is written; add keys to it, or look at it. All ranks come here."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """After a checkpoint was read, before anything is taken from it: what is changed in it counts."""
 
     def on_fit_start(self) -> None:
         """After optimizers were set up, before the sanity check."""

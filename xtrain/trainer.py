@@ -12,6 +12,8 @@ from typing_extensions import Unpack
 
 from xtrain.callbacks.base import Callback, check_callbacks
 from xtrain.callbacks.progress import ProgressBar
+from xtrain.checkpoint.preempt import safe_points
+from xtrain.checkpoint.verbs import CheckpointVerbs, with_model_checkpoint
 from xtrain.checks import (
     check_choice,
     check_clip_value,
@@ -40,11 +42,11 @@ from xtrain.run.evaluation import evaluate
 from xtrain.run.options import OptionArguments, Options, read_options
 from xtrain.run.plan import plan_fit
 from xtrain.run.setup import started_run
-from xtrain.run.state import Progress, TrainerState
+from xtrain.run.state import Progress
 from xtrain.run.training import train
 
 
-class Trainer(TrainerState):
+class Trainer(CheckpointVerbs):
     """Runs a `LightningModule` on one backend.
 
     Args:
@@ -82,6 +84,7 @@ class Trainer(TrainerState):
         callbacks: one or several.
         logger: True for a `CSVLogger`, one or several loggers, or None.
         enable_progress_bar: show a progress bar on rank 0.
+        enable_checkpointing: True adds a `ModelCheckpoint`; nothing is saved otherwise, unless one is given.
         default_root_dir: where loggers write; default: the working directory.
         inference_mode: evaluate under `torch.inference_mode` instead of `torch.no_grad`.
         **others: see `xtrain.run.options.Options`.
@@ -129,6 +132,7 @@ class Trainer(TrainerState):
         callbacks: Callback | list[Callback] | None = None,
         logger: Logger | list[Logger] | bool | None = None,
         enable_progress_bar: bool | None = None,
+        enable_checkpointing: bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         inference_mode: bool = True,
         **others: Unpack[OptionArguments],
@@ -145,8 +149,7 @@ class Trainer(TrainerState):
         self.backend = make_backend(chosen, options)
         self.backend.precision, self.backend.devices = self.precision, count
         self.backend.scaler_kwargs = check_options("scaler_kwargs", scaler_kwargs)
-        self._read_ends(fast_dev_run, max_epochs, max_steps)
-        self.step_counting = check_choice("step_counting", str(step_counting), "training", "optimizer")
+        self._read_ends(fast_dev_run, max_epochs, max_steps, step_counting)
         self._read_limits(limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches)
         self._read_validation(num_sanity_val_steps, check_val_every_n_epoch, val_check_interval)
         self.uneven_batches = check_choice("uneven_batches", str(uneven_batches), "drop", "finish")
@@ -157,6 +160,10 @@ class Trainer(TrainerState):
         self.check_replicas = check_choice("check_replicas", str(check_replicas), "epoch", "off")
         self.inference_mode = check_switch("inference_mode", inference_mode)
         self._read_watching(callbacks, logger, enable_progress_bar, log_every_n_steps, default_root_dir)
+        self._start_afresh(enable_checkpointing)
+
+    def _start_afresh(self, saves: bool | None) -> None:
+        self.callbacks = with_model_checkpoint(self.callbacks, saves)
         self.progress = Progress()
 
     def _read_watching(self, callbacks: Any, logger: Any, bar: bool | None, every: int | None, root: Any) -> None:
@@ -169,12 +176,13 @@ class Trainer(TrainerState):
         shown = bar is None or check_switch("enable_progress_bar", bar)
         self.callbacks = _callbacks(callbacks, self.options, shown)
 
-    def _read_ends(self, fast_dev_run: bool | int, max_epochs: int | None, max_steps: int | None) -> None:
+    def _read_ends(self, fast_dev_run: bool | int, max_epochs: int | None, max_steps: int | None, counts: str) -> None:
         """Set how long a fit goes on; a fast run is one epoch of so many batches, whatever else was asked for."""
         check_count("fast_dev_run", int(fast_dev_run) if isinstance(fast_dev_run, bool) else fast_dev_run, 0)
         self.fast_dev_run = fast_dev_run or False
         self.max_epochs = check_count("max_epochs", max_epochs, -1)
         self.max_steps = -1 if max_steps is None else check_count("max_steps", max_steps, -1)
+        self.step_counting = check_choice("step_counting", str(counts), "training", "optimizer")
         if fast_dev_run:
             self.max_epochs, self.max_steps = 1, -1 if self.max_steps < 0 else max(self.max_steps, int(fast_dev_run))
 
@@ -202,8 +210,11 @@ class Trainer(TrainerState):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
         *,
         steps: int | None = None,
+        load: tuple[str, ...] | None = None,
     ) -> None:
         """Train `model`.
 
@@ -213,9 +224,15 @@ class Trainer(TrainerState):
                 without ``train_dataloader`` on the module) batches are None, for `steps` or `max_steps`.
             val_dataloaders: one iterable or a list of them.
             datamodule: gives the loaders instead.
+            ckpt_path: a checkpoint to go on from; ``"last"`` is the newest complete one (none: the training begins),
+                ``"best"`` that of a `ModelCheckpoint` of this Trainer.
+            weights_only: False lets a file of Lightning run code; never for a file of others.
             steps: training steps of this call; an epoch has so many if there is no loader.
+            load: the parts to load (``"module"``, ``"optimizers"``, ``"schedulers"``, ``"callbacks"``, ``"data"``),
+                as far as they fit: what does not is listed. Default: everything, and all of it must fit.
 
         Raises:
+            CheckpointError: for a checkpoint that is damaged, or of another training.
             UnsupportedCombinationError: before the first batch, with all violations.
             ConfigurationError: for what the module returns or the loaders hold.
 
@@ -231,11 +248,16 @@ class Trainer(TrainerState):
         check_datamodule(given, datamodule)
         check_count("steps", steps, 1)
         plan = partial(plan_fit, train=train_dataloaders, val=val_dataloaders, steps=steps)
-        with started_run(self, "fit", model, datamodule, plan) as run:
+        resume = self._resumption(ckpt_path, load, weights_only)
+        with started_run(self, "fit", model, datamodule, plan, resume) as run, safe_points(run):
             train(run)
 
     def validate(
-        self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
     ) -> list[dict[str, float]]:
         """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader.
 
@@ -243,10 +265,14 @@ class Trainer(TrainerState):
             >>> trainer.validate(module, data)[0].keys()
             dict_keys(['val_loss'])
         """
-        return self._evaluate("validate", model, dataloaders, datamodule)
+        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path)
 
     def test(
-        self, model: LightningModule | None = None, dataloaders: Any = None, datamodule: Any = None
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
     ) -> list[dict[str, float]]:
         """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader.
 
@@ -254,7 +280,7 @@ class Trainer(TrainerState):
             >>> trainer.test(module, data)[0].keys()
             dict_keys(['val_loss'])
         """
-        return self._evaluate("test", model, dataloaders, datamodule)
+        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path)
 
     def predict(
         self,
@@ -262,6 +288,7 @@ class Trainer(TrainerState):
         dataloaders: Any = None,
         datamodule: Any = None,
         return_predictions: bool | None = None,
+        ckpt_path: Any = None,
     ) -> Any:
         """Return what ``predict_step`` returned per batch (a list of lists for several loaders).
 
@@ -270,22 +297,30 @@ class Trainer(TrainerState):
             dataloaders: one iterable of batches or several.
             datamodule: gives the loaders instead.
             return_predictions: False keeps none and returns None, for a callback that writes them.
+            ckpt_path: a checkpoint to take the weights from: a path, ``"last"`` or ``"best"``.
 
         Example:
             >>> [prediction.shape for prediction in trainer.predict(module, data[:2])]
             [torch.Size([2, 1]), torch.Size([2, 1])]
         """
         kept = return_predictions is not False
-        found = self._evaluate("predict", model, dataloaders, datamodule, kept)
+        found = self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, kept)
         return found if kept else None
 
     def _evaluate(
-        self, stage: str, model: LightningModule | None, loaders: Any, datamodule: Any, kept: bool = True
+        self,
+        stage: str,
+        model: LightningModule | None,
+        loaders: Any,
+        datamodule: Any,
+        ckpt_path: Any,
+        kept: bool = True,
     ) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
         check_datamodule({f"{'val' if stage == 'validate' else stage}_dataloader": loaders}, datamodule)
-        with started_run(self, stage, self.lightning_module if model is None else model, datamodule) as run:
+        module, resume = self.lightning_module if model is None else model, self._resumption(ckpt_path, None, None)
+        with started_run(self, stage, module, datamodule, resume=resume) as run:
             found = run.read_loaders(stage, loaders)
             if not found:
                 raise ConfigurationError(explain(f"loaders to {stage}", "none", f"trainer.{stage}(model, loader)"))

@@ -1,6 +1,7 @@
 """Callbacks: code that watches a training from outside of the module."""
 
 from xtrain.callbacks.base import Callback as Callback
+from xtrain.callbacks.checkpoint import ModelCheckpoint as ModelCheckpoint
 from xtrain.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from xtrain.callbacks.lambda_function import LambdaCallback as LambdaCallback
 from xtrain.callbacks.learning_rate import LearningRateMonitor as LearningRateMonitor

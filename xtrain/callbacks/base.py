@@ -49,6 +49,26 @@ class Callback(Logs):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_metrics": None}  # a copy is free of the run it was made in
 
+    # ---------------------------------------------------------------- checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback in a checkpoint; override it where several of one class are used."""
+        return type(self).__qualname__
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint should keep: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned; called before `on_fit_start`."""
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Before a checkpoint is written; add keys to `checkpoint`, or look at it. All ranks come here."""
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """After a checkpoint was read, before anything is taken from it: what is changed in it counts."""
+
     # ---------------------------------------------------------------- a run
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -213,4 +233,5 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
 
 def hook_names() -> list[str]:
     """Return the names of the hooks that a callback may have."""
-    return [n for n, v in vars(Callback).items() if isfunction(v) and not n.startswith(("_", "log"))]
+    others = ("_", "log", "state_dict", "load_state_dict")
+    return [n for n, v in vars(Callback).items() if isfunction(v) and not n.startswith(others)]

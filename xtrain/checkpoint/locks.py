@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from xtrain.errors import CheckpointError, explain
 
 fcntl: Any
 try:
@@ -72,3 +75,57 @@ class Lock:
         with suppress(OSError):
             return self._path.read_text(encoding="utf-8").strip() or "?"
         return "?"
+
+
+_owners: dict[str, tuple[object, int]] = {}
+
+
+class FolderHold:
+    """A folder of checkpoints that one run writes to, until `release`."""
+
+    def __init__(self, lock: Lock, key: str) -> None:
+        self._lock, self._key = lock, key
+
+    def release(self) -> None:
+        """Let other runs write there."""
+        owner, count = _owners.pop(self._key, (None, 0))
+        if count > 1:
+            _owners[self._key] = owner, count - 1
+        elif count == 1:
+            self._lock.release()
+
+
+def hold_folder(folder: Path, owner: object, patience: float = 10.0) -> FolderHold:
+    """Take a folder for a run, together with other callbacks of the same one.
+
+    Args:
+        folder: it is made if it is missing.
+        owner: the run's Trainer.
+        patience: seconds to wait for a process that is about to end.
+
+    Raises:
+        CheckpointError: if another run writes there, or if nobody can.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "ModelCheckpoint(dirpath='...') that can be written to"
+        raise CheckpointError(explain(f"to make {folder}", f"{type(error).__name__}: {error}", fix)) from error
+    lock, key = Lock(folder / ".lock"), os.path.realpath(folder)
+    known, count = _owners.get(key, (owner, 0))
+    if count and known is owner:
+        _owners[key] = owner, count + 1
+        return FolderHold(lock, key)
+    limit = time.monotonic() + patience
+    try:
+        while not lock.take():
+            if time.monotonic() > limit:
+                fix = "ModelCheckpoint(dirpath='another folder'), or end that process first"
+                expected = f"{folder} to be written to by one run"
+                raise CheckpointError(explain(expected, f"another one there, process {lock.owner()}", fix))
+            time.sleep(0.1)
+    except PermissionError as error:
+        fix = "ModelCheckpoint(dirpath='...') that can be written to"
+        raise CheckpointError(explain(f"to write to {folder}", str(error), fix)) from error
+    _owners[key] = owner, 1
+    return FolderHold(lock, key)

@@ -29,7 +29,6 @@ ANY: Any = object()
 
 ARGUMENTS: dict[str, Argument] = {
     "enable_autolog_hparams": Argument((None, True), "self.save_hyperparameters(logger=False)"),
-    "enable_checkpointing": Argument((None, False), "torch.save(module.state_dict(), path)"),
     "model_registry": Argument((None,), "a path of a file"),
     "plugins": Argument((None, (), []), "precision=..., backend_options={...}; launchers are found by themselves"),
 }

@@ -25,15 +25,12 @@ _STAGES = {
 
 # Attributes of Lightning's Trainer that are not here, and what says the same.
 _INSTEAD = {
-    "checkpoint_callback": "a callback of your own in Trainer(callbacks=[...])",
-    "checkpoint_callbacks": "a callback of your own in Trainer(callbacks=[...])",
     "ckpt_path": "the path that you gave",
     "distributed_sampler_kwargs": "nothing: a DataLoader is split over the processes",
     "init_module": "with torch.device('meta'): in configure_model",
     "precision_plugin": "trainer.precision, trainer.backend",
     "predict_loop": "trainer.predict_dataloaders, trainer.num_predict_batches",
     "received_sigterm": "signal.signal(signal.SIGTERM, ...)",
-    "save_checkpoint": "torch.save(module.state_dict(), path)",
     "scaler": "trainer.backend.scaler",
     "test_loop": "trainer.test_dataloaders, trainer.num_test_batches",
     "tuner": "a loop of your own over Trainer(max_steps=100)",

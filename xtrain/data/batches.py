@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ def with_last(loader: Iterable[Any], count: int | None, sized: bool) -> Iterator
     A loader that knows its length is never asked ahead of time. One that does not is read one batch
     ahead, which is the only way to know the last one.
     """
-    batches = iter(loader) if count is None else itertools.islice(loader, count)
+    batches = started(loader) if count is None else itertools.islice(started(loader), count)
     if sized:
         for index, batch in enumerate(batches, 1):
             yield batch, index == count
@@ -52,6 +53,21 @@ def with_last(loader: Iterable[Any], count: int | None, sized: bool) -> Iterator
         following = next(batches, END)
         yield current, following is END
         current = following
+
+
+def started(loader: Iterable[Any]) -> Iterator[Any]:
+    """Return ``iter(loader)``; where this process handles signals that ask it to end, its workers do not see them."""
+    handled = [n for n in _SIGNALS if callable(signal.getsignal(n))] if getattr(loader, "num_workers", 0) else []
+    if not handled:
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)  # workers inherit it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def nothing_left(flag: str, limit: int | float | None, size: int) -> ConfigurationError:

@@ -110,6 +110,12 @@ class LightningDataModule(KeepsHyperParameters, BatchHooks):
     def teardown(self, stage: str) -> None:
         """Clean up after a run, also after an exception."""
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before a checkpoint is written; add keys to it, or look at it. All ranks come here."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """After a checkpoint was read, before anything is taken from it: what is changed in it counts."""
+
     def train_dataloader(self) -> Any:
         """Return an iterable of training batches."""
 

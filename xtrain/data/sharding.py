@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from xtrain.collectives import Collectives
@@ -37,7 +37,8 @@ def shard_loader(loader: Any, ranks: Collectives, evaluation: bool = False) -> A
     evaluation each sample is in one part, and the parts in order of rank are the whole. The order of a custom
     sampler is rank 0's, and is split. An `IterableDataset` that asks how many workers there are splits itself;
     any other is split item by item over ranks and workers, unless it says ``sharded = True``. A sampler that is
-    distributed already stays.
+    distributed already stays. A loader that shuffles has the order of seed and epoch in a run of one process,
+    too, unless it was given a generator: a run may go on with another number of processes.
 
     Args:
         loader: what the user gave; its ``batch_size`` is per rank.
@@ -49,7 +50,9 @@ def shard_loader(loader: Any, ranks: Collectives, evaluation: bool = False) -> A
     """
     if ranks.world_size > 1 and isinstance(loader, TogetherLoader):
         return TogetherLoader(loader.combined.mapped(lambda part: shard_loader(part, ranks, evaluation)))
-    if ranks.world_size == 1 or not isinstance(loader, DataLoader):
+    if ranks.world_size == 1:
+        return loader if evaluation else _shuffled_by_epoch(loader)
+    if not isinstance(loader, DataLoader):
         return loader
     if isinstance(loader.dataset, IterableDataset):
         if getattr(loader.dataset, "sharded", False):
@@ -57,17 +60,39 @@ def shard_loader(loader: Any, ranks: Collectives, evaluation: bool = False) -> A
         items = PartOfIterable(loader.dataset, ranks.rank, ranks.world_size)
         start = WorkerStart(loader.worker_init_fn)
         size = loader.batch_size
-        return _rebuilt(loader, dataset=items, worker_init_fn=start, batch_size=size, drop_last=loader.drop_last)
+        return rebuilt(loader, dataset=items, worker_init_fn=start, batch_size=size, drop_last=loader.drop_last)
     batches: Any = loader.batch_sampler
     if any(hasattr(s, "num_replicas") for s in (loader.sampler, batches, getattr(batches, "sampler", None))):
         return loader
     equal = not evaluation or ranks.equal_forwards
     if batches is None:
-        return _rebuilt(loader, batch_size=None, sampler=_part_of(loader.sampler, loader.dataset, ranks, equal))
+        return rebuilt(loader, batch_size=None, sampler=_part_of(loader.sampler, loader.dataset, ranks, equal))
     if type(batches) is BatchSampler:
         part = _part_of(batches.sampler, loader.dataset, ranks, equal)
-        return _rebuilt(loader, sampler=part, batch_size=batches.batch_size, drop_last=batches.drop_last)
-    return _rebuilt(loader, batch_sampler=_part_of(batches, None, ranks, equal))  # whole batches go to ranks
+        return rebuilt(loader, sampler=part, batch_size=batches.batch_size, drop_last=batches.drop_last)
+    return rebuilt(loader, batch_sampler=_part_of(batches, None, ranks, equal))  # whole batches go to ranks
+
+
+def _shuffled_by_epoch(loader: Any) -> Any:
+    batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    sampler: Any = getattr(batches, "sampler", None)
+    plain = type(batches) is BatchSampler and type(sampler) is RandomSampler and sampler.generator is None
+    if not plain or sampler.replacement or len(sampler) != len(loader.dataset):
+        return loader
+    # Without a seed it is the one that torch's generator began with: a new one each time.
+    seed = int(os.environ.get("XTRAIN_SEED", torch.initial_seed() % 2**62))
+    part = PartOfOrder(loader.dataset, 1, 0, shuffle=True, seed=seed)
+    try:
+        return rebuilt(loader, sampler=part, batch_size=batches.batch_size, drop_last=batches.drop_last)
+    except ConfigurationError:  # a class of its own: it shuffles as it likes
+        return loader
+
+
+class PartOfOrder(DistributedSampler[Any]):
+    """This rank's part of the order that seed and epoch give, in which a run with other ranks may go on."""
+
+
+_DRAWN = (PartOfOrder, PartOfSampler)
 
 
 def _part_of(sampler: Any, dataset: Any, ranks: Collectives, equal: bool) -> Any:
@@ -77,11 +102,16 @@ def _part_of(sampler: Any, dataset: Any, ranks: Collectives, equal: bool) -> Any
     if not every_sample_once or len(sampler) != len(dataset):
         return PartOfSampler(sampler, ranks, seed, equal)
     if equal:
-        return DistributedSampler(dataset, ranks.world_size, ranks.rank, shuffle=shuffle, seed=seed)
+        return PartOfOrder(dataset, ranks.world_size, ranks.rank, shuffle=shuffle, seed=seed)
     return EachOnce(len(dataset), shuffle, ranks, seed)
 
 
-def _rebuilt(loader: DataLoader[Any], **changed: Any) -> Any:
+def rebuilt(loader: DataLoader[Any], **changed: Any) -> Any:
+    """Return a loader of the same class with other arguments.
+
+    Raises:
+        ConfigurationError: if its class does not take `DataLoader`'s arguments.
+    """
     settings = {name: getattr(loader, name) for name in _COPIED}
     if loader.num_workers == 0:
         del settings["prefetch_factor"], settings["multiprocessing_context"]
@@ -101,8 +131,8 @@ def unshuffled(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or type(getattr(batches, "sampler", loader.sampler)) is not RandomSampler:
         return loader
     if batches is None:
-        return _rebuilt(loader, batch_size=None, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
-    return _rebuilt(loader, shuffle=False, batch_size=batches.batch_size, drop_last=batches.drop_last)
+        return rebuilt(loader, batch_size=None, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
+    return rebuilt(loader, shuffle=False, batch_size=batches.batch_size, drop_last=batches.drop_last)
 
 
 def recorded(loader: Any) -> tuple[Any, list[Any] | None]:
@@ -114,18 +144,41 @@ def recorded(loader: Any) -> tuple[Any, list[Any] | None]:
     if batches is None or isinstance(loader.dataset, IterableDataset):
         return loader, None
     sampler = RecordedBatches(batches)
-    return _rebuilt(loader, batch_sampler=sampler), sampler.seen
+    return rebuilt(loader, batch_sampler=sampler), sampler.seen
+
+
+def parts_of(loader: Any) -> Iterator[Any]:
+    """Yield `loader`, its samplers and its dataset, of several loaders read together those of each."""
+    combined = getattr(loader, "combined", None)
+    for part in combined.flattened if isinstance(combined, CombinedLoader) else ():
+        yield from parts_of(part)
+    batches = getattr(loader, "batch_sampler", None)
+    yield from (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    yield getattr(loader, "dataset", None)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell every part of `loader` that asks for it which epoch begins."""
-    combined = getattr(loader, "combined", None)
-    for part in combined.flattened if isinstance(combined, CombinedLoader) else ():
-        set_epoch(part, epoch)
-    batches = getattr(loader, "batch_sampler", None)
-    for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+    for part in parts_of(loader):
         tell_epoch(part, epoch)
-    tell_epoch(getattr(loader, "dataset", None), epoch)
+
+
+def seeds_of(loader: Any) -> list[int]:
+    """Return the seeds of the orders that xtrain draws."""
+    return [part.seed for part in parts_of(loader) if isinstance(part, _DRAWN)]
+
+
+def order_is_portable(loader: Any) -> bool:
+    """Return whether a run with another number of processes reads `loader` in the same order."""
+    samplers = [part for part in parts_of(loader) if isinstance(part, Sampler) and type(part) is not BatchSampler]
+    return all(isinstance(sampler, (SequentialSampler, *_DRAWN)) for sampler in samplers)
+
+
+def set_seeds(loader: Any, seeds: list[int]) -> None:
+    """Let `loader` draw the orders of an earlier run, given by `seeds_of`."""
+    drawn = [part for part in parts_of(loader) if isinstance(part, _DRAWN)]
+    for part, seed in zip(drawn, seeds, strict=False):
+        part.seed = seed
 
 
 def common_size(size: int | None, ranks: Collectives, uneven: str) -> int | None:

@@ -87,6 +87,13 @@ class Logger(ABC):
     def save(self) -> None:  # noqa: B027  # nothing to do for a logger that keeps nothing back
         """Write what was kept back."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what tells a run that goes on from a checkpoint where its rows belong: plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # a logger may begin anew
+        """Go on where an earlier run was when it called `state_dict`; called before the first row."""
+
     def finalize(self, status: str) -> None:
         """End the run. `status`: ``"success"`` or ``"failed"``."""
         self.save()
@@ -155,6 +162,17 @@ class FileLogger(Logger):
         """The folder of this run."""
         version = self.version
         return str(self._save_dir / self._name / (f"version_{version}" if isinstance(version, int) else version))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the version."""
+        return {"version": self.version} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the folder of the earlier run, if it is there and no version was asked for."""
+        if self._version is None and state:
+            self._version = state["version"]
+            if not Path(self.log_dir).is_dir():
+                self._version = None
 
     def adopt_version(self, version: int | str) -> None:
         """Take the version that rank 0 has claimed, on a rank that claims none."""

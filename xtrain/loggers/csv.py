@@ -85,6 +85,27 @@ class CSVLogger(FileLogger):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_private(target, json.dumps(plain(params), indent=2) + "\n")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the version, and how many rows there are so far."""
+        if not self.enabled:
+            return {}
+        self.save()
+        return {**super().state_dict(), "rows": len(self._read()) if self.path.exists() else 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the folder of the earlier run, and drop the rows that it wrote after its checkpoint."""
+        if not self.enabled or not state:
+            return
+        super().load_state_dict(state)
+        if self._version == state["version"] and self.path.exists():
+            columns, rows = self._header(), self._read()
+            if len(rows) > state["rows"]:
+                _replace(self.path, columns, rows[: state["rows"]])
+
+    def _read(self) -> list[dict[str, Any]]:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
     @rank_zero_only
     def save(self) -> None:
         """Bring the file up to date; rows that cannot be written are kept for the next time, with one warning."""
@@ -134,19 +155,22 @@ class CSVLogger(FileLogger):
         """Rewrite the file with more columns."""
         rows: list[dict[str, Any]] = []
         if columns:
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        wider = [*columns, *new]
-        draft = self.path.with_suffix(".new")
-        try:
-            with draft.open("w", newline="", encoding="utf-8") as file:
-                file.write(_format(wider, [dict(zip(wider, wider, strict=True)), *rows]))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
+            rows = self._read()
+        _replace(self.path, [*columns, *new], rows)
+
+
+def _replace(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Write the whole file anew, in one move."""
+    draft = path.with_suffix(".new")
+    try:
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            file.write(_format(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _append(path: Path, text: str) -> None:

@@ -86,6 +86,7 @@ class MetricLog(Logs):
         self.logged_metrics: MutableMapping[str, Tensor] = TensorView(self._logged)
         self._evaluated: Counter[str] = Counter()  # steps of each kind of evaluation, the x-axis of their rows
         self.by_loader: list[tuple[int | None, str, float]] = []  # of the epoch that was sent last
+        self.restored: dict[Any, dict[str, Any]] = {}  # values of an earlier run, by hook, loader and name
         self._stage = Stage("idle")
 
     # ---------------------------------------------------------------- where the loop is
@@ -159,7 +160,7 @@ class MetricLog(Logs):
         for (hook, loader), scope in stage.scopes.items():
             if hook == stage.hook and any(other.name == metric.name for other in scope.values()):
                 refuse_twin(name, loader, stage.dataloader)
-        stage.scope[name] = metric
+        stage.scope[name] = metric.filled(self.restored.pop((stage.hook, stage.dataloader, name), {}))
         metric.shared = metric.sync and self._ranks.world_size > 1
         shown = self._unreduced if metric.shared else self._callback
         if metric.shown_early and not (metric.on_step and stage.evaluates):  # nobody is to watch single batches of it

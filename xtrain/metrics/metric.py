@@ -88,6 +88,12 @@ class Metric:
     read_weights: list[float] = field(default_factory=list)
     result: float | None = None
 
+    def filled(self, values: Mapping[str, Any]) -> Metric:
+        """Return this metric with the values of an earlier one, given by the names of the attributes above."""
+        for key, value in values.items():
+            setattr(self, key, list(value) if isinstance(value, list) else value)
+        return self
+
     def unread(self) -> list[Tensor | float]:
         """Return what the next read must bring to the host: the epoch's values, the newest one last."""
         if self.on_step and self.fresh and self.latest is not None and (self.source is not None or not self.waiting):

@@ -29,7 +29,6 @@ class AutomaticStep:
     def __init__(self, run: Run, training_step: Any) -> None:
         self._run, self._training_step = run, training_step
         self._trainer, self._module, self._life = run.trainer, run.module, run.life
-        self._window = 0  # micro-batches accumulated since the last step
         if run.trainer.gradient_clip_val is not None or _overrides_clipping(run.module):
             # Clipping belongs between finalize and step, where the hooks before a step run.
             together = len(run.life.optimizers) > 1 and not _overrides_clipping(run.module)
@@ -60,21 +59,21 @@ class AutomaticStep:
             loss = _loss_of(outputs)
             if loss is None:
                 raise _SkipBatchError
-            for each in self._life.optimizers if self._window == 0 else ():
+            for each in self._life.optimizers if self._run.window == 0 else ():
                 self._module.optimizer_zero_grad(trainer.current_epoch, batch_idx, each)
             loss_of_batch = loss / trainer.accumulate_grad_batches
             with self._life.backward(loss_of_batch):
                 (self._life.override or self._life.backend.backward)(loss_of_batch)
             return loss
 
-        if self._window + 1 < trainer.accumulate_grad_batches and not trainer.is_last_batch:
+        if self._run.window + 1 < trainer.accumulate_grad_batches and not trainer.is_last_batch:
             closure()
-            self._window += 1
+            self._run.window += 1
         else:
             self._module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
             for other in self._life.optimizers[1:]:  # on the gradients of the same backward
                 self._module.optimizer_step(trainer.current_epoch, batch_idx, other, lambda: _loss_of(outputs))
-            self._window = 0
+            self._run.window = 0
         if outputs is _NOT_RUN:
             raise ProtocolError(explain("optimizer_step to run its closure, which trains", "no call of it", _CLOSURE))
         return outputs

@@ -16,6 +16,7 @@ class Progress:
         first_batch: those of the epochs before this one.
         batch_idx: the current batch of the epoch, from 0.
         is_last_batch: whether it is the last of its epoch.
+        done: batches of the current epoch whose steps were made.
         logged_steps: the x-axis of the loggers: training batches, those that automatic optimization accumulates
             counted as one.
     """
@@ -26,4 +27,5 @@ class Progress:
     first_batch: int = 0
     batch_idx: int = 0
     is_last_batch: bool = False
+    done: int = 0
     logged_steps: int = 0

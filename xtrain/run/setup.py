@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from xtrain.callbacks.base import Callback, check_callbacks
 from xtrain.configure import NamedOptimizers, check_monitors, names_of, read_optimizers
@@ -36,6 +37,7 @@ def started_run(
     module: LightningModule,
     datamodule: LightningDataModule | None,
     plan: Callable[[Run], FitPlan] = lambda run: run.plan,
+    resume: Callable[[Run], Any] = lambda run: None,
 ) -> Iterator[Run]:
     """Set a run up and yield it; clean up whatever happens.
 
@@ -45,6 +47,7 @@ def started_run(
         module: the user's module.
         datamodule: the user's DataModule, if any.
         plan: finds loaders and ends of a fit; called between the ``setup`` hooks and ``configure_optimizers``.
+        resume: finds and reads a checkpoint, and returns how the run goes on from it, or None.
 
     Raises:
         BackendUnavailableError: if the backend cannot run on this machine.
@@ -67,6 +70,7 @@ def started_run(
         if datamodule is not None:
             clean_up.callback(datamodule.teardown, run.called)
         try:
+            run.resumption = resume(run)
             introduce(run)
             clean_up.enter_context(in_effect(run))
             _set_up(run, plan)
@@ -201,6 +205,8 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     run.call("setup", run.called)
     module.configure_model()
     _attach(run)  # the layers that were just made, too
+    if run.resumption is not None:
+        run.resumption.load_module()
     owners = [owner for owner in (run.datamodule, module) if owner is not None and owner._log_hparams]
     kept = {name: value for owner in owners for name, value in owner.hparams.items()}
     for logger in run.metrics.loggers if kept else ():
@@ -209,6 +215,8 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     run.plan = plan(run)
     if run.stage == "fit":
         _set_up_optimizers(run)
+        if run.resumption is not None:
+            run.resumption.load_optimizers()
         advise(run)
 
 

@@ -6,7 +6,6 @@ Trainer and goes on from one fit to the next; the loop of training alone writes 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,10 +17,8 @@ from xtrain.collectives import Collectives
 from xtrain.compat.attributes import LightningAttributes
 from xtrain.configure import LRSchedulerConfig
 from xtrain.contract import Backend
-from xtrain.data.batches import with_last
 from xtrain.data.datamodule import LightningDataModule
 from xtrain.data.loaders import read_loaders
-from xtrain.data.sharding import agreed, repeat_last, set_epoch
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import own_rank
 from xtrain.life import GradientLife
@@ -29,55 +26,12 @@ from xtrain.loggers.base import Logger, show_images
 from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.precision import Precision
+from xtrain.run.epochs import FitPlan as FitPlan
 from xtrain.run.options import Options
 from xtrain.run.progress import Progress as Progress
 from xtrain.stages import TrainerFn
 
 T = TypeVar("T")
-
-
-@dataclass
-class FitPlan:
-    """The loaders of a fit and its ends.
-
-    Attributes:
-        loader: training batches; None stands for batches that are None.
-        val_loaders: validation batches.
-        batches: training batches per epoch; None if the loader does not know.
-        sized: whether every rank's loader knows its length.
-        max_epochs: where to stop; None is unlimited.
-        steps_left: training steps this call may still make.
-        val_every: training batches between validations; None validates after the last batch of an epoch.
-        sanity_batches: validation batches per loader before training.
-        ranks: the processes that read together.
-        uneven: see ``Trainer(uneven_batches=...)``.
-        again: asks for the loaders again.
-    """
-
-    loader: Any = None
-    val_loaders: list[Any] = field(default_factory=list)
-    batches: int | None = None
-    sized: bool = False
-    max_epochs: int | None = None
-    steps_left: float = math.inf
-    val_every: int | None = None
-    sanity_batches: int | float | None = 0
-    ranks: Collectives = field(default_factory=Collectives)
-    uneven: str = "drop"
-    again: Callable[[], FitPlan] | None = None
-
-    def epoch(self, number: int) -> Iterator[tuple[Any, bool]]:
-        """Yield ``(batch, is_last)`` for the epoch `number`, equally often on every rank."""
-        limit = self.steps_left if self.batches is None else min(self.batches, self.steps_left)
-        count = None if limit == math.inf else int(limit)
-        if self.loader is None:
-            return with_last(itertools.repeat(None), count, sized=True)
-        set_epoch(self.loader, number)
-        if self.ranks.world_size > 1:
-            if not self.sized:
-                return agreed(itertools.islice(self.loader, count), self.ranks, self.uneven)
-            return with_last(repeat_last(self.loader, len(self.loader)), count, sized=True)
-        return with_last(self.loader, count, self.sized)
 
 
 @dataclass(eq=False)
@@ -97,6 +51,9 @@ class Run:
         schedulers: of the learning rates.
         plan: loaders and ends of a fit.
         loaders: of evaluation, by stage.
+        window: micro-batches that automatic optimization has accumulated since the last step.
+        resumption: how it goes on from a checkpoint, None for a new one.
+        points: what happens where its state is whole, None if nothing does.
         active: whether it has not ended yet.
         failed: whether it ended by an exception.
         evaluated: the current batch of an evaluation, from 0; None between them.
@@ -119,6 +76,9 @@ class Run:
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     plan: FitPlan = field(default_factory=FitPlan)
     loaders: dict[str, list[Any]] = field(default_factory=dict)
+    window: int = 0
+    resumption: Any = None
+    points: Any = None
     active: bool = True
     failed: bool = False
     evaluated: int | None = None
@@ -164,6 +124,19 @@ class Run:
             return f"in {self.stage}" + ("" if self.evaluated is None else f", batch {self.evaluated}")
         progress = self.trainer.progress
         return f"in training step {progress.batch_idx} of epoch {progress.epoch}{self.remark}"
+
+    def begin(self) -> None:
+        """Put the state of a checkpoint back that belongs before the hooks of an epoch."""
+        if self.resumption is not None and not self.trainer.progress.done:
+            self.resumption.begin_epoch()
+
+    def epoch(self) -> Iterator[tuple[Any, bool]]:
+        """Yield ``(batch, is_last)`` for what is left of the current epoch, which is all but where a run goes on."""
+        progress = self.trainer.progress
+        if not progress.done:
+            return self.plan.epoch(progress.epoch)
+        self.resumption.begin_epoch()
+        return self.plan.epoch(progress.epoch, self.resumption, progress.done)
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
         """Call the overridden hooks `name`: callbacks first, then the module."""

@@ -21,8 +21,10 @@ def train(run: Run) -> None:
     progress, plan, metrics = run.trainer.progress, run.plan, run.metrics
     training_step = accept_arguments(run.module.training_step, 2)
     automatic = AutomaticStep(run, training_step) if run.module.automatic_optimization else None
+    if run.resumption is None:
+        progress.done = 0
     run.call("on_fit_start")
-    if plan.val_loaders and plan.sanity_batches != 0:
+    if run.resumption is None and plan.val_loaders and plan.sanity_batches != 0:
         with unchanged_random_numbers(run.backend):
             run.call("on_sanity_check_start")
             evaluate(run, "sanity", plan.val_loaders)
@@ -30,6 +32,7 @@ def train(run: Run) -> None:
     run.watch = IdleWatch(run).look
     with metrics.stage("train"):
         run.call("on_train_start")
+        run.begin()
         first = progress.epoch
         while not _finished(run) and not (plan.max_epochs is not None and progress.epoch >= plan.max_epochs):
             reload_if_due(run, progress.epoch - first)
@@ -37,13 +40,18 @@ def train(run: Run) -> None:
             if progress.batch_idx < 0:
                 raise empty_loader("training")
             run.watch()
+            cut = run.points is not None and _is_cut(run)
+            if cut:
+                run.points.reach("cut")
             metrics.reduce_epoch()
             run.call("on_train_epoch_end")
             metrics.send_epoch(run.log_step, progress.epoch)
             if automatic is not None:
                 automatic.end_epoch(skipped)
             end_epoch(run)
-            progress.epoch += 1
+            progress.epoch, progress.done = progress.epoch + 1, 0
+            if run.points is not None and not cut:
+                run.points.reach("epoch")
         _look_at(run, metrics.flush(run.log_step, max(progress.epoch - 1, 0)))
     run.call("on_train_end")
     run.call("on_fit_end")
@@ -56,8 +64,9 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
     progress, counted = trainer.progress, int(trainer.step_counting == "training")
     accumulates = trainer.accumulate_grad_batches > 1
     run.call("on_train_epoch_start")
-    progress.batch_idx, progress.first_batch, run.remark = -1, progress.batches, ""
-    for index, (batch, last) in enumerate(plan.epoch(progress.epoch)):
+    start = progress.done
+    progress.batch_idx, progress.first_batch, run.remark = start - 1, progress.batches - start, ""
+    for index, (batch, last) in enumerate(run.epoch(), start):
         progress.batch_idx, progress.is_last_batch, outputs = index, last, None
         if batch is None and plan.loader is not None:
             life.warn_once(BATCH_OF_NONE)
@@ -81,14 +90,28 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
         if not (accumulates and run.accumulating):
             _look_at(run, metrics.flush_step(progress.logged_steps, progress.epoch))
             progress.logged_steps += 1
-        progress.batches += 1
+        progress.batches, progress.done = progress.batches + 1, index + 1
         if plan.val_loaders and _validation_due(run):
             evaluate(run, "validate", plan.val_loaders)
         plan.steps_left -= 1
-        if _finished(run):
+        if _ends_with(run, last):
             return False
     _end_early(run)
     return False
+
+
+def _ends_with(run: Run, last: bool) -> bool:
+    """Return whether the training ends with this batch; if not, and the epoch does neither, save what is due."""
+    if _finished(run):
+        return True
+    if run.points is not None and not last:
+        run.points.reach("batch")
+    return False
+
+
+def _is_cut(run: Run) -> bool:
+    """Return whether the training ends inside of an epoch: who goes on from here reads the rest of it."""
+    return run.trainer.progress.done > 0 and not run.trainer.progress.is_last_batch and _finished(run)
 
 
 def _end_early(run: Run) -> None:

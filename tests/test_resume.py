@@ -1,0 +1,111 @@
+"""A run that goes on is the run that was never stopped: parameters bit by bit, over three generations."""
+
+from __future__ import annotations
+
+import csv
+import random
+
+import numpy as np
+import pytest
+import torch
+from small import rows
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from xtrain import LightningModule, ModelCheckpoint, Trainer, seed_everything
+
+
+class Noisy(Dataset):
+    """Rows with random numbers from all three generators added, in the process that reads them."""
+
+    def __len__(self):
+        return 26
+
+    def __getitem__(self, index):
+        noise = 0.1 * torch.randn(3) + 0.01 * random.random() + 0.01 * np.random.rand()
+        return rows(26)[index] + noise.float()
+
+
+class Pair(LightningModule):
+    """Two optimizers, dropout, tied weights, batch norm, schedules, accumulation; notes what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.a = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
+        self.b = nn.Linear(3, 3)
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.b.weight
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch_idx, batch.sum().item()))
+        first, second = self.optimizers()
+        loss = (self.tied(self.b(self.a(batch))) - 1).square().mean()
+        first.zero_grad()
+        self.manual_backward(loss, retain_graph=True)
+        self.clip_gradients(first, 1.0)
+        first.step()
+        if batch_idx % 3 == 2:  # accumulates over three batches; what is left over goes into the next epoch
+            second.step()
+            second.zero_grad()
+        self.lr_schedulers()[0].step()
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+
+    def on_train_epoch_end(self):
+        self.lr_schedulers()[1].step()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.a(batch).square().mean() + 0 * torch.rand(()))
+
+    def configure_optimizers(self):
+        groups = [{"params": self.a[0].parameters(), "lr": 0.02}, {"params": self.a[1:].parameters()}]
+        first = torch.optim.Adam(groups, lr=0.01)
+        second = torch.optim.SGD(self.b.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        schedulers = torch.optim.lr_scheduler.CosineAnnealingLR(first, 30), torch.optim.lr_scheduler.StepLR(second, 1)
+        return [first, second], list(schedulers)
+
+
+def fit(folder, max_steps, ckpt_path=None, module=None, **options):
+    seed_everything(4)
+    np.random.seed(4)
+    module = module or Pair()
+    saver = ModelCheckpoint(folder / "c", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        max_steps=max_steps, callbacks=[saver], enable_progress_bar=False, log_every_n_steps=3,
+        num_sanity_val_steps=0, default_root_dir=folder, **{"logger": True, **options},
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Noisy(), batch_size=4, shuffle=True), DataLoader(rows(4), 2), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def same(ours, theirs):
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def logged(folder):
+    """The rows of the CSV file; columns may stand in another order."""
+    with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
+def test_three_generations_are_one_run(tmp_path, precision):
+    """Stopped in the middle of an epoch, exactly at its end, and in the middle of the third: seven batches each."""
+    options = {"precision": precision}
+    if precision == "16-mixed":
+        options["scaler_kwargs"] = {"init_scale": 64.0, "growth_interval": 4}
+    whole, reference = fit(tmp_path / "whole", 18, **options)
+    seen = []
+    for stop in (3, 7, 9, 18):
+        part, trainer = fit(tmp_path / "parts", stop, "last", **options)
+        seen += part.seen
+    same(part, whole)
+    assert seen == whole.seen
+    assert [o.step_count for o in trainer.life.optimizers] == [o.step_count for o in reference.life.optimizers]
+    assert (trainer.current_epoch, trainer.global_step) == (reference.current_epoch, reference.global_step)
+    for ours, theirs in zip(trainer.life.optimizers, reference.life.optimizers, strict=True):
+        assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
+    assert trainer.callback_metrics == reference.callback_metrics
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")

@@ -1,0 +1,147 @@
+"""Between two training steps: checkpoints that are due, and the end of a run that is told to make room."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtrain.collectives import Collectives
+from xtrain.data.position import is_used_up
+from xtrain.run.state import Run
+
+logger = logging.getLogger("xtrain")
+
+EXIT_STATUS = 75
+"""EX_TEMPFAIL: start it again, and it goes on."""
+NOTE = "preempted.json"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
+
+
+class Preemption:
+    """Notices signals that ask this run to end soon, and lets all ranks act on them after the same step.
+
+    Inside the context the handlers only set a flag. About once a second the ranks ask each other.
+
+    Args:
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, ranks: Collectives) -> None:
+        self._ranks = ranks
+        self.received: int | None = None
+        self._steps = 0
+        self._next = 1
+        self._since = time.monotonic()
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handle the signals inside; in a thread that is not the main one nothing is handled."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def due(self) -> bool:
+        """Return whether a rank was told to end; asked by all ranks after the same steps."""
+        if self._ranks.world_size == 1:
+            return self.received is not None
+        self._steps += 1
+        if self._steps < self._next:
+            return False
+        rate = self._steps / max(time.monotonic() - self._since, 1e-6)
+        told = float(self.received or 0)
+        told, rate = self._ranks.all_reduce(torch.tensor([told, rate], dtype=torch.float64), "max").tolist()
+        self._next, self._steps, self._since = max(1, min(10_000, int(rate))), 0, time.monotonic()
+        if told:
+            self.received = int(told)
+        return bool(told)
+
+
+class SafePoints:
+    """What happens where the state is whole: after a batch with everything that follows it, and after an epoch.
+
+    Args:
+        run: a fit.
+        savers: callbacks with ``at_safe_point``.
+        preemption: asked at every point.
+    """
+
+    def __init__(self, run: Run, savers: Sequence[Any], preemption: Preemption) -> None:
+        self._run, self._savers, self._preemption = run, savers, preemption
+
+    def reach(self, kind: str) -> None:
+        """Save what is due.
+
+        Args:
+            kind: ``"batch"`` inside of an epoch, ``"cut"`` where the training ends inside of one, ``"epoch"`` after
+                its end.
+
+        Raises:
+            SystemExit: with status 75, after a signal; the state is saved.
+        """
+        for saver in self._savers:
+            saver.at_safe_point(self._run.trainer, kind)
+        if self._preemption.due():
+            self._end()
+
+    def _end(self) -> None:
+        trainer, step = self._run.trainer, self._run.trainer.global_step
+        for saver in self._savers[1:]:
+            saver.wait()
+        path = Path(self._savers[0].save_preempted(trainer))
+        if trainer.global_rank == 0:
+            told = signal.Signals(self._preemption.received or signal.SIGTERM).name
+            write_note(path.parent, {"checkpoint": path.name, "signal": told, "global_step": step})
+            logger.warning("Preempted after step %d: %s is saved, to go on with ckpt_path='last'.", step, path)
+        raise SystemExit(EXIT_STATUS)
+
+
+def write_note(folder: Path, facts: dict[str, Any]) -> None:
+    """Say in `folder` that a run was preempted, for whoever starts it again."""
+    draft = folder / f".{NOTE}-{os.getpid()}"
+    draft.write_text(json.dumps(facts | {"time": time.time()}, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / NOTE)
+
+
+@contextmanager
+def safe_points(run: Run) -> Iterator[None]:
+    """Let a fit save inside, if a callback of its Trainer does.
+
+    Args:
+        run: a fit; one with ``fast_dev_run`` saves nothing.
+    """
+    savers: list[Any] = [c for c in run.trainer.callbacks if hasattr(c, "at_safe_point")]
+    savers = [] if run.trainer.fast_dev_run else savers
+    if not savers:
+        yield
+        return
+    if run.trainer.global_rank == 0:
+        (Path(savers[0].dirpath) / NOTE).unlink(missing_ok=True)
+    if is_used_up(run.plan.loader):
+        text = "The training loader is an iterator, whose position no checkpoint can keep: a run that goes on reads "
+        warnings.warn(
+            f"{text}whatever it gives then. A DataLoader, or a list, can be read from the right place.", stacklevel=3
+        )
+    preemption = Preemption(run.backend.collectives)
+    run.points = SafePoints(run, savers, preemption)
+    with preemption.watching():
+        yield

@@ -1,0 +1,94 @@
+"""What users call on a Trainer to save, and how a fit finds what it goes on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xtrain.callbacks.checkpoint import FOLDER, ModelCheckpoint
+from xtrain.checkpoint.finding import agreed_path, find, read_checkpoint
+from xtrain.checkpoint.resume import Resumption, check_parts
+from xtrain.checkpoint.saving import Background, Writing, save
+from xtrain.checkpoint.state import run_of
+from xtrain.errors import ConfigurationError, explain
+from xtrain.run.state import Run, TrainerState
+
+
+class CheckpointVerbs(TrainerState):
+    """The part of a `Trainer` that saves and loads."""
+
+    default_root_dir: str
+
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Write a checkpoint, a folder; all ranks must call it. It is complete when this returns.
+
+        Args:
+            filepath: the folder to make. One of the same name is replaced in one move.
+            weights_only: leave out what only a training needs.
+
+        Raises:
+            ProtocolError: before any run.
+            CheckpointError: if it cannot be written, or holds what could not be read back.
+
+        Example:
+            >>> trainer.save_checkpoint("model.ckpt")
+            >>> Trainer(max_epochs=3, enable_progress_bar=False).fit(module, data, ckpt_path="model.ckpt")
+        """
+        save(run_of(self.run), Path(filepath), weights_only)
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        """The callbacks that save."""
+        return [callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first callback that saves."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    def _write_checkpoint(self, path: Path, weights_only: bool, background: bool, exception: bool) -> Background | None:
+        """Write for a callback; returns the thread if it goes on in the background."""
+        writing = Writing(run_of(self.run), path, weights_only, {"exception": True} if exception else None)
+        if background and not exception:
+            return Background(writing)
+        writing.write()
+        writing.finish()
+        return None
+
+    def _resumption(self, ckpt_path: Any, load: Any, weights_only: bool | None) -> Callable[[Run], Resumption | None]:
+        """Return what finds and reads the checkpoint of ``ckpt_path`` once the ranks are there."""
+        parts = check_parts(load)
+        if load is not None and ckpt_path is None:
+            fix = "trainer.fit(model, ckpt_path='last', load=('module', 'optimizers'))"
+            raise ConfigurationError(explain("a ckpt_path to load parts of", "none", fix))
+
+        def begin(run: Run) -> Resumption | None:
+            if ckpt_path is None:
+                return None
+            savers = self.checkpoint_callbacks
+            folders = [Path(c.given_dirpath or Path(self.default_root_dir) / FOLDER) for c in savers]
+            folders = folders or [Path(self.default_root_dir) / FOLDER]
+            best = [c.best_model_path for c in savers]
+            path = agreed_path(lambda: find(ckpt_path, folders, best), run)
+            if path is None:
+                return None
+            resumption = Resumption(run, read_checkpoint(path, weights_only), parts)
+            resumption.load_loggers()
+            return resumption
+
+        return begin
+
+
+def with_model_checkpoint(callbacks: list[Any], enabled: bool | None) -> list[Any]:
+    """Return the callbacks of a Trainer, with one that saves if that is asked for.
+
+    Raises:
+        ConfigurationError: if saving is switched off and a callback saves.
+    """
+    savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    if enabled is False and savers:
+        fix = "Trainer(callbacks=[ModelCheckpoint(...)]), which saves without enable_checkpointing"
+        raise ConfigurationError(explain("no ModelCheckpoint with enable_checkpointing=False", "one", fix))
+    return [*callbacks, ModelCheckpoint()] if enabled and not savers else callbacks

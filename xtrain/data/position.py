@@ -1,0 +1,171 @@
+"""Where in an epoch the data is: a loader that begins later, and loaders and datasets that know it themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from xtrain.data.combined import TogetherLoader
+from xtrain.data.sharding import rebuilt
+from xtrain.errors import CheckpointError, ConfigurationError, explain
+
+Ready = Callable[[], None]
+
+
+def starting_at(loader: Any, batches: int, ready: Ready) -> Iterable[Any]:
+    """Return the rest of an epoch of `loader`, whose epoch has been set.
+
+    A `DataLoader` over a map-style dataset skips indices and loads nothing for them. Anything else is read from its
+    beginning, and what was seen is dropped.
+
+    Args:
+        loader: what an epoch iterates over.
+        batches: how many were seen.
+        ready: called when the order is drawn and nothing that follows has been loaded.
+    """
+    begin = getattr(loader, "starting_at", None)
+    if begin is not None:
+        return begin(batches, ready)  # type: ignore[no-any-return]
+    if isinstance(loader, TogetherLoader) and loader.combined.mode == "min_size":
+        parts = loader.combined.flattened
+        if all(map(_indexed, parts)):
+            return TogetherLoader(loader.combined.mapped(lambda part: starting_at(part, batches, ready)))
+    if _indexed(loader):
+        own: Any = loader
+        try:
+            if own.batch_sampler is None:
+                return rebuilt(own, batch_size=None, sampler=_Later(own.sampler, batches, ready))  # type: ignore[no-any-return]
+            return rebuilt(own, batch_sampler=_Later(own.batch_sampler, batches, ready))  # type: ignore[no-any-return]
+        except ConfigurationError:  # a class of its own, with other arguments
+            pass
+    return _replayed(loader, batches, ready)
+
+
+def _indexed(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+class _Later:
+    """A sampler, or batch sampler, without its first items."""
+
+    def __init__(self, sampler: Any, skipped: int, ready: Ready) -> None:
+        self._sampler, self._skipped, self._ready = sampler, skipped, ready
+
+    def __len__(self) -> int:
+        return max(0, len(self._sampler) - self._skipped)
+
+    def __iter__(self) -> Iterator[Any]:
+        items = itertools.islice(iter(self._sampler), self._skipped, None)
+        first = next(items, _END)  # draws the order
+        self._ready()
+        if first is not _END:
+            yield first
+            yield from items
+
+
+_END = object()
+
+
+def _replayed(loader: Iterable[Any], batches: int, ready: Ready) -> Iterator[Any]:
+    source = iter(loader)
+    for _ in itertools.islice(source, batches):
+        pass
+    ready()
+    yield from source
+
+
+def samples_per_batch(loader: Any) -> int | None:
+    """Return how many samples of the dataset one batch of a rank has; None if the loader does not say."""
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def batches_done(position: dict[str, Any], loader: Any, world_size: int) -> int:
+    """Return how many batches of an epoch `loader` has to skip, where a run with other ranks or batches left off.
+
+    Args:
+        position: ``batches``, ``samples_per_batch`` (or None) and ``world_size`` when it was saved.
+        loader: of this run.
+        world_size: of this run.
+
+    Raises:
+        CheckpointError: if the samples seen are no whole number of batches here.
+    """
+    batches, size, here = int(position["batches"]), position["samples_per_batch"], samples_per_batch(loader)
+    ranks = int(position["world_size"])
+    if size is None or here is None:
+        return batches
+    samples, together = batches * int(size) * ranks, here * world_size
+    if samples % together:
+        received = f"{samples} samples seen in this epoch, and batches of {together} ({world_size} x {here})"
+        fix = f"a batch size that divides {samples}, or a checkpoint from the end of an epoch"
+        raise CheckpointError(explain("a whole number of batches to skip", received, fix))
+    return samples // together
+
+
+# -------------------------------------------------------------------- those that know it themselves
+
+
+def stateful(loader: Any) -> Any:
+    """Return the loader, or its dataset in this process, that keeps its own position; None if neither does."""
+    if _keeps_state(loader):
+        return loader
+    dataset = getattr(loader, "dataset", None)
+    iterable = isinstance(dataset, IterableDataset) and getattr(loader, "num_workers", 0) == 0
+    return dataset if iterable and _keeps_state(dataset) else None
+
+
+def _keeps_state(item: Any) -> bool:
+    return callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))
+
+
+class Remembering:
+    """A loader that keeps its own position, read one batch ahead: remembers where it was before that.
+
+    Args:
+        loader: what is iterated over.
+        source: what has the state.
+    """
+
+    def __init__(self, loader: Any, source: Any) -> None:
+        self._loader, self._source = loader, source
+        self.state: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield batch
+            self.state = self._source.state_dict()
+
+
+def is_used_up(loader: Any) -> bool:
+    """Return whether `loader` is an iterator: nobody can read it from its beginning again."""
+    return hasattr(loader, "__next__")
+
+
+# -------------------------------------------------------------------- generators of samplers
+
+
+def own_generators(loader: Any) -> dict[str, torch.Tensor]:
+    """Return the states of the random generators that `loader` and its samplers were given."""
+    return {place: generator.get_state() for place, generator in _generators(loader)}
+
+
+def restore_own_generators(loader: Any, states: dict[str, torch.Tensor]) -> None:
+    """Set them to what `own_generators` returned."""
+    for place, generator in _generators(loader):
+        if place in states:
+            generator.set_state(states[place])
+
+
+def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
+    batches = getattr(loader, "batch_sampler", None)
+    parts = {"loader": loader, "sampler": getattr(loader, "sampler", None), "batches": batches}
+    parts["inner"] = getattr(batches, "sampler", None)
+    for place, part in parts.items():
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield place, generator
