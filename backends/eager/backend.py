@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from xtrain.checks import check_switch, check_timeout
 from xtrain.contract import OptimizerHandle
@@ -21,9 +22,12 @@ from xtrain.scaler import LossScaler
 from xtrain.tensors import move_module
 
 from .averaging import agree, average, state_of
+from .clipping import clip_norm
 from .process_group import join_processes, random_stream
 from .replicas import CommonBuffers, check_module, check_optimizers, check_replicas
 from .scaling import ScalingBackend
+
+_ZERO_GRAD = Optimizer.zero_grad
 
 
 class EagerBackend(ScalingBackend):
@@ -64,7 +68,13 @@ class EagerBackend(ScalingBackend):
         return random_stream(self.collectives, self.device)
 
     def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
-        optimizer.optimizer.zero_grad(set_to_none)
+        raw = optimizer.optimizer
+        if set_to_none and getattr(raw.zero_grad, "__func__", None) is _ZERO_GRAD:  # which does this, slowly
+            for group in raw.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        else:
+            raw.zero_grad(set_to_none)
         if self.scaler is not None:
             self.scaler.forget(optimizer)
 
@@ -104,7 +114,7 @@ class EagerBackend(ScalingBackend):
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         if algorithm == "norm":
-            return nn.utils.clip_grad_norm_(optimizer.parameters, value)
+            return clip_norm(optimizer.parameters, value)
         norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
         nn.utils.clip_grad_value_(optimizer.parameters, value)
         return norm
