@@ -23,6 +23,7 @@ class CPU(EagerBackend):
         precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
         asynchronous=False,
         multi_process=True,
+        fused_optimizers=True,
     )
 
     @classmethod

@@ -36,7 +36,9 @@ class CUDA(EagerBackend):
 
     name = "cuda"
     capabilities = Capabilities(
-        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"}), multi_process=True
+        precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"}),
+        multi_process=True,
+        fused_optimizers=True,
     )
     rules = (
         Rule(

@@ -102,6 +102,18 @@ class NamedOptimizers(list[LightningOptimizer]):
         raise ConfigurationError(explain(f"an optimizer out of {names}", repr(key), f"self.optimizers()[{closest!r}]"))
 
 
+def fuse(optimizers: Sequence[Optimizer]) -> None:
+    """Let each of `optimizers` that torch can fuse update all its parameters in one call.
+
+    Groups whose user chose ``fused``, ``foreach`` or ``differentiable`` are left as they are.
+    """
+    for optimizer in optimizers:
+        for settings in (optimizer.defaults, *optimizer.param_groups):
+            chosen = settings.get("foreach") or settings.get("differentiable")
+            if settings.get("fused", False) is None and not chosen:
+                settings["fused"] = True
+
+
 def check_monitors(schedulers: Sequence[LRSchedulerConfig]) -> None:
     """Check that automatic optimization knows the metric of every `ReduceLROnPlateau`.
 

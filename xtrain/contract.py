@@ -43,6 +43,7 @@ class Capabilities:
         inference_mode: `torch.inference_mode` works; evaluation only switches gradients off otherwise.
         editable_gradients: finalized gradients are in ``.grad``, where they may be read and edited, and added to
             by another backward.
+        fused_optimizers: torch has fused optimizers for the device, and they step what the groups hold.
 
     Example:
         >>> Capabilities(precisions=frozenset({"32-true", "bf16-mixed"}), multi_process=True).shared_parameters
@@ -57,6 +58,7 @@ class Capabilities:
     multi_process: bool = False
     inference_mode: bool = True
     editable_gradients: bool = True
+    fused_optimizers: bool = False
 
 
 class Phase(Enum):
@@ -222,9 +224,7 @@ class Backend(ABC):
 
     def read_scalars(self, values: Sequence[Tensor]) -> list[float]:
         """Return 0-dim tensors as floats with as few waits for the device as it allows."""
-        if not values:
-            return []
-        return torch.stack([v.detach().to(self.device, torch.float64) for v in values]).tolist()
+        return torch.stack([v.detach().to(self.device, torch.float64) for v in values]).tolist() if values else []
 
     def to_cpu(self, data: Any) -> Any:
         """Return `data` with copies of its tensors on the CPU, in few transfers: what a file may hold."""
@@ -318,6 +318,7 @@ class Situation:
     gradient_clip_algorithm: str | None = None
     scaler_kwargs: dict[str, object] | None = None
     devices: int | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,9 @@ class GradientLife:
             Handles; call ``remove()`` on each when the run ends.
         """
         self.lost = lost = self.backend.unseen_gradient()
-        return (
-            []
-            if lost is None
-            else [handle for o in self.optimizers for handle in guard(o, self.backend.leaves_of(o), lost, o.allows)]
-        )
+        if lost is None:
+            return []
+        return [handle for o in self.optimizers for handle in guard(o, self.backend.leaves_of(o), lost, o.allows)]
 
     def check_finite(self, loss: float) -> None:
         """Warn once, or raise `NonFiniteLossError`, if `loss` is NaN or infinite."""

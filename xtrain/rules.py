@@ -132,6 +132,14 @@ RULES: tuple[Rule, ...] = (
         lambda s: f"precision {s.precision.name}" if s.scaler_kwargs and not s.precision.loss_scaling else None,
     ),
     Rule(
+        "fused",
+        "fused=True on a backend without fused optimizers",
+        "torch has none for the device, or an engine steps its own copy of the parameters.",
+        "Trainer(fused=False)",
+        "xtrain.contract.Capabilities.fused_optimizers",
+        lambda s: "fused=True" if s.fused and not s.backend.capabilities.fused_optimizers else None,
+    ),
+    Rule(
         "devices",
         "devices above 1 on a backend of one process",
         "The other devices would idle.",

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from xtrain.checks import check_switch, check_timeout
 from xtrain.contract import OptimizerHandle
@@ -22,12 +21,10 @@ from xtrain.scaler import LossScaler
 from xtrain.tensors import move_module
 
 from .averaging import agree, average, state_of
-from .clipping import clip_norm
+from .gradients import clip, drop_gradients
 from .process_group import join_processes, random_stream
 from .replicas import CommonBuffers, check_module, check_optimizers, check_replicas
 from .scaling import ScalingBackend
-
-_ZERO_GRAD = Optimizer.zero_grad
 
 
 class EagerBackend(ScalingBackend):
@@ -68,13 +65,8 @@ class EagerBackend(ScalingBackend):
         return random_stream(self.collectives, self.device)
 
     def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
-        raw = optimizer.optimizer
-        if set_to_none and getattr(raw.zero_grad, "__func__", None) is _ZERO_GRAD:  # which does this, slowly
-            for group in raw.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        else:
-            raw.zero_grad(set_to_none)
+        if not (set_to_none and drop_gradients(optimizer.optimizer)):
+            optimizer.optimizer.zero_grad(set_to_none)
         if self.scaler is not None:
             self.scaler.forget(optimizer)
 
@@ -113,11 +105,7 @@ class EagerBackend(ScalingBackend):
         scaler.unscale(optimizer)
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
-        if algorithm == "norm":
-            return clip_norm(optimizer.parameters, value)
-        norm = nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-        nn.utils.clip_grad_value_(optimizer.parameters, value)
-        return norm
+        return clip(optimizer.parameters, value, algorithm)
 
     def step(
         self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from xtrain.callbacks.base import Callback, check_callbacks
-from xtrain.configure import NamedOptimizers, check_monitors, names_of, read_optimizers
+from xtrain.configure import NamedOptimizers, check_monitors, fuse, names_of, read_optimizers
 from xtrain.contract import Backend, Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ProtocolError, explain
@@ -249,8 +249,11 @@ def _set_up_optimizers(run: Run) -> None:
             gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             scaler_kwargs=trainer.backend.scaler_kwargs,
             devices=trainer.backend.devices,
+            fused=trainer.options.fused,
         )
     )
+    if trainer.options.fused:
+        fuse(optimizers)
     wrapped = run.life.optimizers
     names = names_of(returned)
     for index, optimizer in enumerate(optimizers):

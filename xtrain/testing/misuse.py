@@ -214,6 +214,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "manual-flags": Provocation(Accumulate, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
     "automatic-several": Provocation(_AutomaticPair),
     "scaler-kwargs": Provocation(Closure, {"scaler_kwargs": {"init_scale": 8.0}}, "32-true"),
+    "fused": Provocation(Closure, {"fused": True}, applies=lambda c: not c.fused_optimizers),
     "devices": Provocation(Closure, {"devices": 2}, applies=lambda c: not c.multi_process),
 }
 """One run per rule of `xtrain.rules.RULES`; the rule about precisions is tested for each of them instead."""
