@@ -77,6 +77,9 @@ class Lock:
         return "?"
 
 
+PATIENCE = 10.0
+"""Seconds to wait for a process that is about to end."""
+
 _owners: dict[str, tuple[object, int]] = {}
 
 
@@ -95,13 +98,12 @@ class FolderHold:
             self._lock.release()
 
 
-def hold_folder(folder: Path, owner: object, patience: float = 10.0) -> FolderHold:
+def hold_folder(folder: Path, owner: object) -> FolderHold:
     """Take a folder for a run, together with other callbacks of the same one.
 
     Args:
         folder: it is made if it is missing.
         owner: the run's Trainer.
-        patience: seconds to wait for a process that is about to end.
 
     Raises:
         CheckpointError: if another run writes there, or if nobody can.
@@ -116,7 +118,7 @@ def hold_folder(folder: Path, owner: object, patience: float = 10.0) -> FolderHo
     if count and known is owner:
         _owners[key] = owner, count + 1
         return FolderHold(lock, key)
-    limit = time.monotonic() + patience
+    limit = time.monotonic() + PATIENCE
     try:
         while not lock.take():
             if time.monotonic() > limit:

@@ -18,6 +18,7 @@ import torch
 
 from xtrain.collectives import Collectives
 from xtrain.data.position import is_used_up
+from xtrain.errors import explain
 from xtrain.run.state import Run
 
 logger = logging.getLogger("xtrain")
@@ -137,10 +138,9 @@ def safe_points(run: Run) -> Iterator[None]:
     if run.trainer.global_rank == 0:
         (Path(savers[0].dirpath) / NOTE).unlink(missing_ok=True)
     if is_used_up(run.plan.loader):
-        text = "The training loader is an iterator, whose position no checkpoint can keep: a run that goes on reads "
-        warnings.warn(
-            f"{text}whatever it gives then. A DataLoader, or a list, can be read from the right place.", stacklevel=3
-        )
+        received = "an iterator: a run that goes on reads whatever it gives then"
+        fix = "trainer.fit(model, DataLoader(dataset, batch_size=64)), or a list"
+        warnings.warn(explain("a loader whose position a checkpoint can keep", received, fix), stacklevel=3)
     preemption = Preemption(run.backend.collectives)
     run.points = SafePoints(run, savers, preemption)
     with preemption.watching():

@@ -12,10 +12,17 @@ from xtrain.errors import CheckpointError, explain
 
 def with_masters(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the saved weights, those in a lower precision replaced by the fp32 copies that were stepped on."""
-    weights, states = dict(checkpoint["state_dict"]), checkpoint["optimizer_states"]
-    for state in states.values() if isinstance(states, dict) else ():
-        weights |= {name: value for name, value in state["master"].items() if name in weights}
-    return weights
+    weights = dict(checkpoint["state_dict"])
+    return weights | {name: value for name, value in masters_of(checkpoint).items() if name in weights}
+
+
+def masters_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the fp32 copies of parameters in a lower precision that were stepped on, by name."""
+    states = checkpoint["optimizer_states"]
+    found: dict[str, Tensor] = {}
+    for state in states.values() if isinstance(states, dict) else ():  # Lightning has a list, and no copies
+        found |= state["master"]
+    return found
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], strict: bool, remedy: str = "") -> list[str]:

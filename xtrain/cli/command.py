@@ -1,4 +1,4 @@
-"""The command ``xtrain``: what backends can do, what is refused, and what this machine lacks."""
+"""The command ``xtrain``: what backends can do, what is refused, what this machine lacks, what checkpoints hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import xtrain
 from xtrain.columns import columns
@@ -46,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     rules.set_defaults(run=_rules)
     doctor = commands.add_parser("doctor", help="versions, devices, and what would make each backend run")
     doctor.set_defaults(run=_doctor)
+    inspect_ = commands.add_parser("inspect", help="what a checkpoint holds, and whether it is whole")
+    inspect_.add_argument("checkpoint", help="the folder, or one with checkpoints, of which the newest is taken")
+    inspect_.set_defaults(run=_inspect)
+    export = commands.add_parser("export", help="write the weights of a checkpoint as safetensors")
+    export.add_argument("checkpoint", help="the folder, or a file of Lightning 2")
+    export.add_argument("--out", required=True, metavar="FILE", help="model.safetensors")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -112,3 +120,19 @@ def _doctor(options: argparse.Namespace) -> Iterator[str]:
     yield columns(["fact", "value"], processes())
     yield "\nBackends\n"
     yield columns(["backend", "runs here, or what would make it run"], availability_rows())
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _inspect(options: argparse.Namespace) -> Iterator[str]:
+    from xtrain.checkpoint.exporting import rows_of
+
+    yield columns(["fact", "value"], list(rows_of(Path(options.checkpoint))))
+
+
+def _export(options: argparse.Namespace) -> Iterator[str]:
+    from xtrain.checkpoint.exporting import export
+
+    count = export(Path(options.checkpoint), Path(options.out))
+    yield f"{options.out}: {count} tensors"
