@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from xtrain.callbacks.base import Callback, check_callbacks
 from xtrain.callbacks.progress import ProgressBar
-from xtrain.checkpoint.preempt import safe_points
+from xtrain.checkpoint.preempt import preemptible, safe_points
 from xtrain.checkpoint.verbs import CheckpointVerbs, with_model_checkpoint
 from xtrain.checks import (
     check_choice,
@@ -249,7 +249,11 @@ class Trainer(CheckpointVerbs):
         check_count("steps", steps, 1)
         plan = partial(plan_fit, train=train_dataloaders, val=val_dataloaders, steps=steps)
         resume = self._resumption(ckpt_path, load, weights_only)
-        with started_run(self, "fit", model, datamodule, plan, resume) as run, safe_points(run):
+        with (
+            preemptible(self) as preemption,
+            started_run(self, "fit", model, datamodule, plan, resume) as run,
+            safe_points(run, preemption),
+        ):
             train(run)
 
     def validate(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from xtrain import LightningModule, ModelCheckpoint, Trainer, seed_everything
 
 STEPS = (5, 8, 11, 16)
-"""Where pieces end: inside of the first epoch of eight batches, exactly at its end, inside of the second, at its end."""
+"""Where pieces end: inside of the first epoch of eight batches, at its end, inside of the second, at its end."""
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 BATCH = 12
 

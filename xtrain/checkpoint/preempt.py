@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from xtrain.collectives import Collectives
 from xtrain.data.position import is_used_up
 from xtrain.errors import explain
-from xtrain.run.state import Run
+from xtrain.run.state import Run, TrainerState
 
 logger = logging.getLogger("xtrain")
 
@@ -34,12 +34,13 @@ class Preemption:
 
     Inside the context the handlers only set a flag. About once a second the ranks ask each other.
 
-    Args:
-        ranks: the processes of the run.
+    Attributes:
+        ranks: the processes of the run, once they are known.
+        received: the signal, if there was one.
     """
 
-    def __init__(self, ranks: Collectives) -> None:
-        self._ranks = ranks
+    def __init__(self) -> None:
+        self.ranks = Collectives()
         self.received: int | None = None
         self._steps = 0
         self._next = 1
@@ -63,14 +64,14 @@ class Preemption:
 
     def due(self) -> bool:
         """Return whether a rank was told to end; asked by all ranks after the same steps."""
-        if self._ranks.world_size == 1:
+        if self.ranks.world_size == 1:
             return self.received is not None
         self._steps += 1
         if self._steps < self._next:
             return False
         rate = self._steps / max(time.monotonic() - self._since, 1e-6)
         told = float(self.received or 0)
-        told, rate = self._ranks.all_reduce(torch.tensor([told, rate], dtype=torch.float64), "max").tolist()
+        told, rate = self.ranks.all_reduce(torch.tensor([told, rate], dtype=torch.float64), "max").tolist()
         self._next, self._steps, self._since = max(1, min(10_000, int(rate))), 0, time.monotonic()
         if told:
             self.received = int(told)
@@ -124,14 +125,22 @@ def write_note(folder: Path, facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def safe_points(run: Run) -> Iterator[None]:
+def preemptible(trainer: TrainerState) -> Iterator[Preemption]:
+    """Notice signals inside, from the set-up on, if a callback of `trainer` can save what was trained."""
+    preemption = Preemption()
+    with preemption.watching() if savers_of(trainer) else nullcontext():
+        yield preemption
+
+
+@contextmanager
+def safe_points(run: Run, preemption: Preemption) -> Iterator[None]:
     """Let a fit save inside, if a callback of its Trainer does.
 
     Args:
         run: a fit; one with ``fast_dev_run`` saves nothing.
+        preemption: notices signals.
     """
-    savers: list[Any] = [c for c in run.trainer.callbacks if hasattr(c, "at_safe_point")]
-    savers = [] if run.trainer.fast_dev_run else savers
+    savers = savers_of(run.trainer)
     if not savers:
         yield
         return
@@ -141,7 +150,12 @@ def safe_points(run: Run) -> Iterator[None]:
         received = "an iterator: a run that goes on reads whatever it gives then"
         fix = "trainer.fit(model, DataLoader(dataset, batch_size=64)), or a list"
         warnings.warn(explain("a loader whose position a checkpoint can keep", received, fix), stacklevel=3)
-    preemption = Preemption(run.backend.collectives)
+    preemption.ranks = run.backend.collectives
     run.points = SafePoints(run, savers, preemption)
-    with preemption.watching():
-        yield
+    yield
+
+
+def savers_of(trainer: TrainerState) -> list[Any]:
+    """Return the callbacks that save; none in a trial run."""
+    savers = [callback for callback in trainer.callbacks if hasattr(callback, "at_safe_point")]
+    return [] if trainer.fast_dev_run else savers
