@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -99,6 +100,7 @@ class ModelCheckpoint(Callback):
         self._writing: Any = None
         self._lock: Any = None
         self._seen_step: int | None = None
+        self._next_step = 0.0  # before this one nothing is due after a batch
         self._coming: tuple[str, float | None] | None = None  # what is being saved has to know of itself
 
     @property
@@ -129,7 +131,7 @@ class ModelCheckpoint(Callback):
         self.dirpath = os.fspath(self.given_dirpath or Path(trainer.default_root_dir) / FOLDER)
         self._clock = time.monotonic()
         self._saved_step = self._saved_epoch = -1
-        self._seen_step, self._coming = None, None
+        self._seen_step, self._coming, self._next_step = None, None, 0.0
         if stage == "fit" and trainer.is_global_zero:
             from xtrain.checkpoint.locks import hold_folder
 
@@ -152,6 +154,8 @@ class ModelCheckpoint(Callback):
 
     def at_safe_point(self, trainer: Trainer, kind: str) -> None:
         """Save if it is time; called by the loop, see `xtrain.checkpoint.preempt.SafePoints.reach`."""
+        if kind == "batch" and trainer.progress.global_step < self._next_step:
+            return  # what a step costs between two saves
         step, epoch = trainer.global_step, trainer.current_epoch
         due = self._steps_passed(step) or self._epochs_passed(epoch, kind) or self._time_passed(trainer)
         if due and (step, epoch) != (self._saved_step, self._saved_epoch):
@@ -161,6 +165,9 @@ class ModelCheckpoint(Callback):
 
     def _steps_passed(self, step: int) -> bool:
         """Return whether a multiple of the interval was passed since the last point."""
+        every = self.every_n_train_steps
+        if self.train_time_interval is None:
+            self._next_step = (step // every + 1) * every if every else math.inf
         before, self._seen_step = step - 1 if self._seen_step is None else self._seen_step, step
         return bool(self.every_n_train_steps) and step // self.every_n_train_steps > before // self.every_n_train_steps
 

@@ -35,14 +35,15 @@ def read_lightning(path: Path, weights_only: bool | None = None) -> dict[str, An
         raise CheckpointError(explain("a checkpoint of xtrain or of Lightning 2", f"{path} with {found}", fix))
     loop = saved.get("loops", {}).get("fit_loop", {})
     epochs = loop.get("epoch_progress", {}).get("current", {})
-    batches = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+    progress = loop.get("epoch_loop.batch_progress", {})
+    batches = progress.get("current", {})
     steps = loop.get("epoch_loop.state_dict", {}).get("_batches_that_stepped", saved.get("global_step", 0))
-    done, epoch = int(batches.get("processed", batches.get("completed", 0))), int(epochs.get("completed", 0))
-    if batches.get("is_last_batch"):
-        done, epoch = 0, int(epochs.get("processed", epoch))
-    if int(batches.get("processed", 0)) > int(
-        batches.get("completed", 0)
-    ):  # saved in a hook: a batch is not counted yet
+    ready, done = int(epochs.get("ready", 0)), int(batches.get("processed", 0))
+    if ready == int(epochs.get("completed", 0)) and (progress.get("is_last_batch") or not done):
+        epoch, done = ready, 0
+    else:  # inside of an epoch, or at its last batch before its end
+        epoch = max(ready - 1, 0)
+    if done and done > int(batches.get("completed", 0)):  # saved in a hook, where this batch is not counted yet
         steps += 1
     return {
         **saved,
@@ -52,7 +53,7 @@ def read_lightning(path: Path, weights_only: bool | None = None) -> dict[str, An
         "lr_schedulers": list(saved.get("lr_schedulers", [])),
         "callbacks": {_class_name(key): state for key, state in saved.get("callbacks", {}).items()},
         "progress": {
-            "batches": int(batches.get("total_processed", done)),
+            "batches": int(progress.get("total", {}).get("processed", done)),
             "done": done,
             "window": 0,
             "logged_steps": int(steps),

@@ -102,7 +102,8 @@ class SafePoints:
         """
         for saver in self._savers:
             saver.at_safe_point(self._run.trainer, kind)
-        if self._preemption.due():
+        preemption = self._preemption
+        if (preemption.received is not None or preemption.ranks.world_size > 1) and preemption.due():
             self._end()
 
     def _end(self) -> None:

@@ -119,12 +119,19 @@ def _end_early(run: Run) -> None:
     progress, plan = run.trainer.progress, run.plan
     if progress.batch_idx < 0 or progress.is_last_batch:
         return
+    if run.resumption is not None and progress.done == plan.batches:  # what is left of the epoch is its end
+        _end_with_validation(run)
+        return
     received = f"{progress.batch_idx + 1}, and no more"
     fix = "__len__ that counts what __iter__ gives, or none at all"
     run.life.warn_once(explain(f"{plan.batches} batches, as len(loader) says", received, fix))
-    progress.is_last_batch = True
-    if plan.val_loaders and _validation_due(run):
-        evaluate(run, "validate", plan.val_loaders)
+    _end_with_validation(run)
+
+
+def _end_with_validation(run: Run) -> None:
+    run.trainer.progress.is_last_batch = True
+    if run.plan.val_loaders and _validation_due(run):
+        evaluate(run, "validate", run.plan.val_loaders)
 
 
 def _finished(run: Run) -> bool:

@@ -1,0 +1,134 @@
+"""What do checkpoints cost, next to plain torch?
+
+    python ci/bench/checkpoint.py files      # save and load of 200 million parameters
+    python ci/bench/checkpoint.py steps      # a training step between two saves, with saving on and off
+    torchrun --nproc_per_node=2 ci/bench/checkpoint.py bytes    # ZeRO 2 on two processes, next to one
+
+    torchrun --nproc_per_node=2 ci/bench/checkpoint.py bytes    # ZeRO 2 on two processes, next to one process
+(checksums included) and copying it into the module, next to ``torch.load`` and the copy. They take turns; the figure is
+the ratio of the medians. *steps*: the same fit with a `ModelCheckpoint` that saves nothing before the end, and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import xtrain
+from xtrain.checkpoint.finding import read_checkpoint
+
+BUDGETS = {"save": 1.15, "load": 1.1, "step": 1.01, "bytes": 1.5}
+
+
+class Model(xtrain.LightningModule):
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.layers[0](batch).square().mean())
+        opt.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def told(name: str, ratio: float) -> None:
+    verdict = "ok" if ratio <= BUDGETS[name] else "OVER"
+    print(f"{name}: {ratio:.3f}x, budget {BUDGETS[name]}x  {verdict}", flush=True)
+
+
+def files(layers: int, rounds: int) -> None:
+    model = Model(layers, 2048)
+    trainer = xtrain.Trainer("cpu", max_steps=1, enable_progress_bar=False)
+    trainer.fit(model, [torch.randn(1, 2048)])
+    count = sum(p.numel() for p in model.parameters())
+    times: dict[str, list[float]] = {name: [] for name in ("save", "torch.save", "load", "torch.load")}
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder, "x.ckpt"), Path(folder, "x.pt")
+        for _ in range(rounds):
+            os.sync()
+            began = time.perf_counter()
+            torch.save(model.state_dict(), theirs)
+            with theirs.open("rb") as file:
+                os.fsync(file.fileno())
+            times["torch.save"].append(time.perf_counter() - began)
+            os.sync()
+            began = time.perf_counter()
+            trainer.save_checkpoint(ours)
+            times["save"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            model.load_state_dict(torch.load(theirs, weights_only=True))
+            times["torch.load"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            model.load_state_dict(read_checkpoint(ours).checkpoint["state_dict"])
+            times["load"].append(time.perf_counter() - began)
+            theirs.unlink()
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    print(f"{count / 1e6:.0f} M parameters:", {name: round(seconds, 2) for name, seconds in middle.items()})
+    told("save", middle["save"] / middle["torch.save"])
+    told("load", middle["load"] / middle["torch.load"])
+
+
+def steps(rounds: int) -> None:
+    def seconds(saving: bool, folder: str) -> float:
+        saver = xtrain.ModelCheckpoint(folder, every_n_train_steps=10**9, every_n_epochs=0)
+        trainer = xtrain.Trainer(
+            "cpu", max_steps=4000, enable_progress_bar=False, callbacks=[saver] if saving else [], logger=False
+        )
+        torch.manual_seed(0)
+        began = time.process_time()
+        trainer.fit(Model(2, 16), [torch.ones(4, 16)] * 4001)
+        return time.process_time() - began
+
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [(seconds(True, folder), seconds(False, folder)) for _ in range(rounds)]
+    told("step", statistics.median(a / b for a, b in pairs))
+
+
+def bytes_of_ranks() -> None:
+    """Rank 0 writes the whole tensors, as a single process does; the other ranks their generators and gradients."""
+    folder = Path(tempfile.gettempdir()) / f"xtrain-bytes-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
+    model = Model(4, 512)
+    saver = xtrain.ModelCheckpoint(folder)
+    xtrain.Trainer("deepspeed", max_steps=2, callbacks=[saver], enable_progress_bar=False).fit(
+        model, [torch.ones(4, 512)] * 4
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        found = {p.name: p.stat().st_size for p in Path(saver.best_model_path).iterdir()}
+        alone = sum(size for name, size in found.items() if not name.startswith("rank-") or name == "rank-00000.pt")
+        told("bytes", sum(found.values()) / alone)
+
+
+def main() -> int:
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("files", "steps", "bytes"))
+    parser.add_argument("--layers", type=int, default=48, help="of four million parameters each")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "files":
+        files(options.layers, options.rounds)
+    elif options.what == "steps":
+        steps(options.rounds)
+    else:
+        bytes_of_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
