@@ -52,6 +52,7 @@ class Training:
         words = [str(folder), "--steps", str(STEPS), *arguments, *extra]
         self.output, self.processes = output, 2 if "--devices" in arguments else 1
         output.write_text("")
+        self.started: subprocess.Popen[bytes] | None = None
         if fork:
             self.pid = os.fork()
             if self.pid == 0:
@@ -59,16 +60,18 @@ class Training:
         else:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
             with output.open("w") as file:
-                started = subprocess.Popen(
+                self.started = subprocess.Popen(
                     [sys.executable, str(SCRIPT), *words], stdout=file, stderr=subprocess.STDOUT, env=environment,
                     start_new_session=True,
                 )  # fmt: skip
-            self.pid = started.pid
+            self.pid = self.started.pid
         self.status: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit status once there is one; negative after a signal."""
-        if self.status is None:
+        if self.status is None and self.started is not None:
+            self.status = self.started.poll()
+        elif self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
