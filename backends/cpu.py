@@ -24,6 +24,7 @@ class CPU(EagerBackend):
         asynchronous=False,
         multi_process=True,
         fused_optimizers=True,
+        compiled_steps=True,
     )
 
     @classmethod

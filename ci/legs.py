@@ -145,6 +145,8 @@ LEGS = {
     # The oldest torch, beside every heavy package: nothing of them may be picked up unasked.
     "core-oldest-torch": Leg("full", tests=(*_CORE, "tests/backends/test_cpu.py"), usual=3),
     **{name: leg for row in CONFORMANCE for name, leg in row.legs().items()},
+    # Recorded and replayed steps; the compiler itself in a few.
+    "compiled": Leg("light", tests=("tests/compiled/test_*.py",), variables={"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
     # Graphs and reads counted, replicas, meshes of virtual devices.
     "tpu-graphs-replicas-meshes": Leg("full", tests=("tests/tpu/test_*.py",), variables=_XLA, usual=4),
     # Every ZeRO stage, on one process and on two.

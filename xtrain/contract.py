@@ -44,6 +44,7 @@ class Capabilities:
         editable_gradients: finalized gradients are in ``.grad``, where they may be read and edited, and added to
             by another backward.
         fused_optimizers: torch has fused optimizers for the device, and they step what the groups hold.
+        compiled_steps: steps are operations of torch on plain tensors, which its compiler understands.
 
     Example:
         >>> Capabilities(precisions=frozenset({"32-true", "bf16-mixed"}), multi_process=True).shared_parameters
@@ -59,6 +60,7 @@ class Capabilities:
     inference_mode: bool = True
     editable_gradients: bool = True
     fused_optimizers: bool = False
+    compiled_steps: bool = False
 
 
 class Phase(Enum):
@@ -319,6 +321,7 @@ class Situation:
     scaler_kwargs: dict[str, object] | None = None
     devices: int | None = None
     fused: bool = False
+    compile: str | None = None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,20 @@ def _manual_flags(s: Situation) -> str | None:
     return ", ".join(given) or None
 
 
+def _no_compiler(s: Situation) -> str | None:
+    if s.compile is None:
+        return None
+    from xtrain.compiled.building import missing_compiler
+
+    return missing_compiler(s.backend.device)
+
+
+def _whole_step(s: Situation) -> bool:
+    """Return whether whole steps are to be compiled."""
+    return s.compile in ("step", "require")
+
+
+_COMPILE = "docs/compile.md"
 _SCALED_TWICE = "Its gradients would be unscaled once per optimizer that holds it."
 _LBFGS_DOCS = "torch.optim.LBFGS"
 
@@ -138,6 +152,50 @@ RULES: tuple[Rule, ...] = (
         "Trainer(fused=False)",
         "xtrain.contract.Capabilities.fused_optimizers",
         lambda s: "fused=True" if s.fused and not s.backend.capabilities.fused_optimizers else None,
+    ),
+    Rule(
+        "compile-backend",
+        "compile on a backend that compiles by itself, or keeps parameters in parts",
+        "torch's compiler would see something else than the operations that train.",
+        "Trainer(compile=None)",
+        _COMPILE,
+        lambda s: f"compile={s.compile!r}" if s.compile and not s.backend.capabilities.compiled_steps else None,
+    ),
+    Rule(
+        "compile-compiler",
+        "compile on a machine without a compiler",
+        "Compiled operations are C++ or Triton code, made on this machine.",
+        "install what is missing, or Trainer(compile=None)",
+        _COMPILE,
+        _no_compiler,
+    ),
+    Rule(
+        "compile-scaling",
+        "compile='step' with 16-mixed",
+        "Whether a gradient overflowed is read on the host before each optimizer steps.",
+        "Trainer(precision='bf16-mixed', compile='step'), or compile='networks'",
+        _COMPILE,
+        lambda s: f"compile={s.compile!r}" if _whole_step(s) and s.precision.loss_scaling else None,
+    ),
+    Rule(
+        "compile-processes",
+        "compile='step' with several processes",
+        "The ranks agree on the host, in the middle of the step, on which gradients there are.",
+        "Trainer(compile='networks')",
+        _COMPILE,
+        lambda s: (
+            f"{s.backend.collectives.world_size} processes"
+            if _whole_step(s) and s.backend.collectives.world_size > 1
+            else None
+        ),
+    ),
+    Rule(
+        "compile-lbfgs",
+        "compile='step' with LBFGS, or any optimizer that re-evaluates its closure",
+        "How often it does is decided from values of the loss.",
+        "Trainer(compile='networks')",
+        _COMPILE,
+        lambda s: _reevaluating(s) if _whole_step(s) else None,
     ),
     Rule(
         "devices",

@@ -69,6 +69,12 @@ class ProgressBar(Callback):
 
         tqdm.write(text)
 
+    def say(self, text: str) -> None:
+        """Show `text` in the place of the metrics until the next drawing: what the training waits for."""
+        if self._bars:
+            with self._while_it_works():
+                self._bars[-1].draw({"step": text})
+
     def _open(self, description: str, total: int | float | None = None, leave: bool = True) -> None:
         if self._shown:
             known = None if total is None or math.isinf(total) else int(total)
@@ -230,7 +236,7 @@ class _Bar:
         self.done = 0
         self.due = time.monotonic() + self._seconds
 
-    def draw(self, metrics: Mapping[str, float]) -> None:
+    def draw(self, metrics: Mapping[str, Any]) -> None:
         self.due = time.monotonic() + self._seconds
         self._tqdm.n = self.done
         self._tqdm.set_postfix(metrics, refresh=False)

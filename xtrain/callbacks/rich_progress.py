@@ -78,9 +78,11 @@ class _Task:
         self.done = 0
         self.due = time.monotonic() + self._seconds
 
-    def draw(self, metrics: Mapping[str, float]) -> None:
+    def draw(self, metrics: Mapping[str, Any]) -> None:
         self.due = time.monotonic() + self._seconds
-        text = ", ".join(f"{name}={value:.3g}" for name, value in metrics.items())
+        text = ", ".join(
+            f"{name}={value if isinstance(value, str) else f'{value:.3g}'}" for name, value in metrics.items()
+        )
         self._display.update(self._task, completed=self.done, metrics=text)
         self._display.refresh()
 

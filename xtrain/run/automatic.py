@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ class AutomaticStep:
     def __init__(self, run: Run, training_step: Any) -> None:
         self._run, self._training_step = run, training_step
         self._trainer, self._module, self._life = run.trainer, run.module, run.life
+        self.train_on: Callable[[Any, int], Any] = self._train_on  # without the schedules; may be compiled
         if run.trainer.gradient_clip_val is not None or _overrides_clipping(run.module):
             # Clipping belongs between finalize and step, where the hooks before a step run.
             together = len(run.life.optimizers) > 1 and not _overrides_clipping(run.module)
@@ -40,7 +41,7 @@ class AutomaticStep:
             return self._training_step(batch, batch_idx)
         steps = self._optimizer.step_count
         try:
-            outputs = self._train_on(batch, batch_idx)
+            outputs = self.train_on(batch, batch_idx)
         except _SkipBatchError:
             outputs = None
         if self._optimizer.step_count > steps:  # a step skipped by the loss scaler moves no schedule

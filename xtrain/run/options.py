@@ -36,6 +36,7 @@ class OptionArguments(TypedDict, total=False):
     enable_model_summary: bool | None
     barebones: bool | None
     fused: bool | None
+    compile: str | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Options:
         barebones: no logger, no bar, no sanity check, nothing read from the device: to measure the training alone.
         fused: let optimizers that torch can fuse (Adam, AdamW, SGD, Adagrad) update all parameters in one call, unless
             their ``fused`` or ``foreach`` was chosen. Faster for small networks; results differ in the last bits.
+        compile: "networks" compiles the forward of each network, "step" whole training steps; what cannot be compiled
+            runs eagerly and says why, or raises with "require".
     """
 
     min_epochs: int = 0
@@ -76,6 +79,7 @@ class Options:
     enable_model_summary: bool = False
     barebones: bool = False
     fused: bool = False
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before a run.
@@ -89,6 +93,7 @@ class Options:
         check_count("reload_dataloaders_every_n_epochs", self.reload_dataloaders_every_n_epochs, 0)
         check_limit("overfit_batches", self.overfit_batches)
         check_switch("fused", self.fused)
+        check_choice("compile", self.compile, "networks", "step", "require")
         if not isinstance(self.deterministic, bool):
             check_choice("deterministic", self.deterministic, "warn")
         if self.deterministic:  # cuBLAS reads it when it starts

@@ -250,6 +250,7 @@ def _set_up_optimizers(run: Run) -> None:
             scaler_kwargs=trainer.backend.scaler_kwargs,
             devices=trainer.backend.devices,
             fused=trainer.options.fused,
+            compile=trainer.options.compile,
         )
     )
     if trainer.options.fused:

@@ -61,6 +61,7 @@ class Run:
         predictions: these outputs.
         indices: of each loader of a prediction the indices of its batches, where a callback needs them.
         remark: what has just changed the course of the training, for messages.
+        compiled_step: what became of ``compile="step"``, see `xtrain.compiled.step.CompiledStep`; None without it.
         watch: looks whether a fit trains anything, see `xtrain.run.checks.IdleWatch`.
     """
 
@@ -87,6 +88,7 @@ class Run:
     indices: list[Any] = field(default_factory=list)
     remark: str = ""
     watch: Callable[[], None] = lambda: None
+    compiled_step: Any = None
 
     def read_loaders(self, stage: str, given: Any) -> list[Any]:
         """Return the loaders of `stage` for this rank; see `xtrain.data.loaders.read_loaders`."""
@@ -234,6 +236,11 @@ class TrainerState(LightningAttributes):
     def metrics(self) -> MetricLog:
         """What the current or last run logged."""
         return self._of_run().metrics
+
+    @property
+    def compiled_step(self) -> Any:
+        """What became of ``compile="step"``: paths, replays, seconds, ratio, reasons; None without it."""
+        return None if self.run is None else self.run.compiled_step
 
     @property
     def callback_metrics(self) -> Any:

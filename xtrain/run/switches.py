@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ def in_effect(run: Run) -> Iterator[None]:
         torch.is_anomaly_enabled(),
     )
     replaced = list(_synchronised(run.module)) if convert else []
+    networks = _compiled_networks(run) if options.compile == "networks" and run.stage == "fit" else nullcontext()
     try:
         if options.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=options.deterministic == "warn")
@@ -32,13 +34,22 @@ def in_effect(run: Run) -> Iterator[None]:
             torch.backends.cudnn.benchmark = bool(options.benchmark) and not options.deterministic
         if options.detect_anomaly and run.stage == "fit":
             torch.autograd.set_detect_anomaly(True)
-        yield
+        with networks:
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = before[2]
         torch.autograd.set_detect_anomaly(before[3])
         for parent, name, child in replaced:
             setattr(parent, name, child)
+
+
+def _compiled_networks(run: Run) -> AbstractContextManager[None]:
+    """Return the context in which networks run compiled; copies made in the run are, from the next epoch on."""
+    from xtrain.compiled.networks import compile_networks, networks_compiled
+
+    run.hooks["on_train_epoch_start"].insert(0, partial(compile_networks, run.module))
+    return networks_compiled(run.module)
 
 
 def _synchronised(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

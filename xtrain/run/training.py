@@ -21,9 +21,12 @@ def train(run: Run) -> None:
     progress, plan, metrics = run.trainer.progress, run.plan, run.metrics
     training_step = accept_arguments(run.module.training_step, 2)
     automatic = AutomaticStep(run, training_step) if run.module.automatic_optimization else None
+    step: Callable[[Any, int], Any] = automatic or training_step
     if run.resumption is None:
         progress.done = 0
     run.call("on_fit_start")
+    if run.trainer.options.compile in ("step", "require"):
+        step = _compiled(run, automatic, training_step)
     if run.resumption is None and plan.val_loaders and plan.sanity_batches != 0:
         with unchanged_random_numbers(run.backend):
             run.call("on_sanity_check_start")
@@ -36,7 +39,7 @@ def train(run: Run) -> None:
         first = progress.epoch
         while not _finished(run) and not (plan.max_epochs is not None and progress.epoch >= plan.max_epochs):
             reload_if_due(run, progress.epoch - first)
-            skipped = _train_epoch(run, automatic or training_step)
+            skipped = _train_epoch(run, step)
             if progress.batch_idx < 0:
                 raise empty_loader("training")
             run.watch()
@@ -55,6 +58,18 @@ def train(run: Run) -> None:
         _look_at(run, metrics.flush(run.log_step, max(progress.epoch - 1, 0)))
     run.call("on_train_end")
     run.call("on_fit_end")
+
+
+def _compiled(run: Run, automatic: AutomaticStep | None, training_step: Callable[[Any, int], Any]) -> Any:
+    """Return the training step, recorded and replayed compiled; of automatic optimization all but the schedules."""
+    from xtrain.compiled.step import CompiledStep
+
+    inner = training_step if automatic is None else automatic.train_on
+    run.compiled_step = compiled = CompiledStep(run, inner, run.trainer.options.compile == "require")
+    if automatic is None:
+        return compiled
+    automatic.train_on = compiled
+    return automatic
 
 
 def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:

@@ -215,6 +215,11 @@ PROVOCATIONS: dict[str, Provocation] = {
     "automatic-several": Provocation(_AutomaticPair),
     "scaler-kwargs": Provocation(Closure, {"scaler_kwargs": {"init_scale": 8.0}}, "32-true"),
     "fused": Provocation(Closure, {"fused": True}, applies=lambda c: not c.fused_optimizers),
+    "compile-backend": Provocation(Closure, {"compile": "networks"}, applies=lambda c: not c.compiled_steps),
+    "compile-compiler": Provocation(Closure, applies=lambda c: False),  # is about the machine
+    "compile-scaling": Provocation(Closure, {"compile": "step"}, precision="16-mixed"),
+    "compile-processes": Provocation(Closure, applies=lambda c: False),  # is about the launch
+    "compile-lbfgs": Provocation(partial(Closure, lbfgs), {"compile": "require"}),
     "devices": Provocation(Closure, {"devices": 2}, applies=lambda c: not c.multi_process),
 }
 """One run per rule of `xtrain.rules.RULES`; the rule about precisions is tested for each of them instead."""

@@ -23,10 +23,11 @@ class Recorder(LightningModule):
         self.automatic_optimization = False
         self.G, self.D = networks()
         self.notes: Notes = {}
+        self.takes_notes = True
 
     def note(self, **values: Any) -> None:
         """Append to the notes; tensors are read after the run, so that noting never waits for a device."""
-        for name, value in values.items():
+        for name, value in values.items() if self.takes_notes else ():
             self.notes.setdefault(name, []).append(value)
 
     def configure_optimizers(self) -> Any:

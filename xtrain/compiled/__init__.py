@@ -1,0 +1,1 @@
+"""Compiled training: the networks one by one, or the whole step with its backwards and optimizers."""
