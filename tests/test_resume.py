@@ -79,6 +79,11 @@ def fit(folder, max_steps, ckpt_path=None, module=None, **options):
     return module, trainer
 
 
+@pytest.fixture(autouse=True)
+def _seed_of_these_tests_only(monkeypatch):
+    monkeypatch.setenv("XTRAIN_SEED", "0")  # which seed_everything sets, and which is put back
+
+
 def same(ours, theirs):
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
