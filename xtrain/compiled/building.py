@@ -28,6 +28,13 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
+def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.ops.aten.linalg_vector_norm(tensor, ord, dtype=dtype) for tensor in tensors]
+
+
+_SIMPLER = {torch.ops.aten._foreach_norm.Scalar: _norms}  # which inductor would not compile
+
+
 def load_compiler() -> None:
     """Import torch's compiler, whose modules warn of each other."""
     with warnings.catch_warnings():
@@ -43,7 +50,8 @@ def functional(recording: Recording) -> fx.GraphModule:
     real = [tensor.detach() for tensor in recording.inputs]
     with torch.no_grad(), FakeTensorMode() as mode:
         fakes = [mode.from_tensor(tensor) for tensor in real]
-        return _without_dead_code(make_fx(torch.func.functionalize(gm, remove="mutations_and_views"))(*fakes))
+        trace = make_fx(torch.func.functionalize(gm, remove="mutations_and_views"), decomposition_table=_SIMPLER)
+        return _without_dead_code(trace(*fakes))
 
 
 def _without_dead_code(gm: fx.GraphModule) -> fx.GraphModule:
