@@ -39,6 +39,7 @@ class CUDA(EagerBackend):
         precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"}),
         multi_process=True,
         fused_optimizers=True,
+        compiled_steps=True,
     )
     rules = (
         Rule(

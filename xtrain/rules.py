@@ -52,7 +52,7 @@ def _no_compiler(s: Situation) -> str | None:
         return None
     from xtrain.compiled.building import missing_compiler
 
-    return missing_compiler(s.backend.device)
+    return missing_compiler(s.backend.device, _whole_step(s))
 
 
 def _whole_step(s: Situation) -> bool:

@@ -19,11 +19,14 @@ from xtrain.compiled.recording import Recording
 Replay = Callable[..., list[Tensor]]
 
 
-def missing_compiler(device: torch.device) -> str | None:
-    """Return what a compiler for `device` lacks on this machine, with the package to install, or None."""
+def missing_compiler(device: torch.device, whole_step: bool) -> str | None:
+    """Return what compiling for `device` lacks on this machine, with the package to install, or None."""
+    on_host = torch.empty(0, device=device).is_cpu
+    if whole_step and not on_host:  # captured in a graph, and not compiled
+        return None
     if not any(map(which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
         return "no C++ compiler was found (apt-get install g++, or conda install gxx)"
-    if not torch.empty(0, device=device).is_cpu and find_spec("triton") is None:
+    if not on_host and find_spec("triton") is None:
         return "triton is missing (pip install triton)"
     return None
 
@@ -77,7 +80,7 @@ def _without_dead_code(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def compiled(gm: fx.GraphModule, inputs: list[Tensor]) -> Replay:
-    """Return `gm` compiled by inductor.
+    """Return `gm` compiled by inductor for the CPU.
 
     Random numbers are torch's own, in the order of the step: only then are they the same as without a compiler.
     """
@@ -89,7 +92,7 @@ def compiled(gm: fx.GraphModule, inputs: list[Tensor]) -> Replay:
         "fallback_random": True,
         "reorder_for_locality": False,
         "layout_optimization": False,
-        "cpp_wrapper": all(tensor.is_cpu for tensor in inputs),
+        "cpp_wrapper": True,
     }
     with torch.no_grad(), config.patch(settings):
         replay: Any = compile_fx(gm, [tensor.detach() for tensor in inputs])

@@ -16,6 +16,18 @@ from torch.optim import Optimizer
 _FORCED = {"capturable": True, "foreach": True, "fused": None}
 
 
+def keep_on_device(optimizers: Sequence[Optimizer]) -> None:
+    """Let optimizers on a GPU count their steps there: a count on the host would not go on in a captured graph."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "capturable" in group and not all(p.is_cpu for p in group["params"]):
+                group["capturable"] = True
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})
+                    if isinstance(state.get("step"), Tensor):
+                        state["step"] = state["step"].to(parameter.device)
+
+
 class Rates:
     """The learning rates of all groups as 0-dim tensors, which replays read.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from xtrain.compiled.building import Replay
+from xtrain.compiled.known import Slot, apply_counters
 from xtrain.compiled.optimizers import Rates
-from xtrain.compiled.recorded import Rate, Recorded, Slot, apply_counters
+from xtrain.compiled.recorded import Rate, Recorded
 from xtrain.run.state import Run
 
 TRIALS = 20

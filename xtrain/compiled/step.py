@@ -13,10 +13,11 @@ from torch import Tensor
 from xtrain.callbacks.progress import ProgressBar
 from xtrain.compiled.batch import UnknownPartError, take_apart
 from xtrain.compiled.building import Replay, compiled, functional
-from xtrain.compiled.optimizers import Rates
+from xtrain.compiled.capture import captured
+from xtrain.compiled.known import state_of
+from xtrain.compiled.optimizers import Rates, keep_on_device
 from xtrain.compiled.path import Path
-from xtrain.compiled.recorded import Recorded, record, state_of
-from xtrain.compiled.recording import Recording
+from xtrain.compiled.recorded import Recorded, record
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.state import Run
@@ -27,9 +28,11 @@ _ATTEMPTS = 5  # recordings of steps in which state was made
 _INSIDE = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
-def build(recording: Recording) -> Replay:
-    """Return the compiled operations of `recording`."""
-    return compiled(functional(recording), recording.inputs)
+def build(recorded: Recorded) -> Replay:
+    """Return the operations of `recorded`: compiled by inductor on the CPU, in a CUDA graph on a GPU."""
+    gm, inputs = functional(recorded.recording), recorded.recording.inputs
+    on_host = all(tensor.is_cpu for tensor in inputs)
+    return compiled(gm, inputs) if on_host else captured(gm, recorded)
 
 
 class CompiledStep:
@@ -131,6 +134,7 @@ class CompiledStep:
         if self._rates is None or any(
             a is not b and a != b if type(a) is int else a is not b for a, b in zip(states, self._states, strict=True)
         ):
+            keep_on_device(raw)
             self._rates, self._states = Rates(raw, self._run.backend.device), states
             self._by_state.clear()
             self.paths.clear()
@@ -188,7 +192,7 @@ class CompiledStep:
         start = time.perf_counter()
         self._say("compiling")
         try:
-            path.use(build(path.recorded.recording))
+            path.use(build(path.recorded))
             self.compilations += 1
         except Exception as error:  # whatever the compiler raises: the step was made, and goes on eagerly
             self._refuse(path, f"the compiler failed with {type(error).__name__}: {error!s:.300}")

@@ -82,7 +82,7 @@ def without_inductor() -> Iterator[None]:
     from xtrain.compiled import building, step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "build", building.functional)
+        patch.setattr(step, "build", lambda recorded: building.functional(recorded.recording))
         yield
 
 
