@@ -1,4 +1,4 @@
-"""The bookkeeping of captured steps: on the CPU a stand-in runs the operations again where a GPU would replay a graph."""
+"""The bookkeeping of captured steps: on the CPU a stand-in repeats the operations where a GPU would replay a graph."""
 
 from __future__ import annotations
 

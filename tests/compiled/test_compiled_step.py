@@ -171,6 +171,84 @@ def test_a_flag_that_a_hook_sets_decides_a_branch():
     assert len(trainer.compiled_step.paths) == 2
 
 
+def _in_hparams(self, on):
+    self.hparams.factor = 2.0 if on else 1.0
+
+
+def _in_a_list(self, on):
+    self.table["a"][0] = 2.0 if on else 1.0
+
+
+def _in_a_layer(self, on):
+    self.net[2].p = 0.6 if on else 0.3
+
+
+def _in_a_group(self, on):
+    self.optimizers().param_groups[0]["weight_decay"] = 0.5 if on else 0.0
+
+
+def _frozen(self, on):
+    self.net[0].requires_grad_(not on)
+
+
+def _in_eval_mode(self, on):
+    self.net.train(not on)
+
+
+@pytest.mark.parametrize("change", [_in_hparams, _in_a_list, _in_a_layer, _in_a_group, _frozen, _in_eval_mode])
+def test_what_a_hook_changes_is_another_path(change):
+    class Changing(Model):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"factor": 1.0})
+            self.table = {"a": [1.0]}
+
+        def on_train_batch_start(self, batch, batch_idx):
+            change(self, batch_idx >= 5)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch * self.hparams.factor * self.table["a"][0], batch_idx)
+
+    _, trainer = assert_same(Changing, replays=True)
+    assert len(trainer.compiled_step.paths) >= 2
+
+
+def test_a_group_that_is_added_trains():
+    class Growing(Model):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Parameter(torch.ones(3))
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.net.parameters(), lr=0.01, eps=1e-4)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.optimizers().optimizer.add_param_group({"params": [self.extra]})
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch * self.extra, batch_idx)
+
+    module, _ = assert_same(Growing, replays=True)
+    assert not torch.equal(module.extra, torch.ones(3))
+
+
+def test_an_optimizer_that_counts_in_python_runs_eagerly():
+    class Counting(torch.optim.SGD):
+        number = 0
+
+        def step(self, closure=None):
+            self.number += 1
+            self.param_groups[0]["weight_decay"] = 0.0 if self.number % 7 else 0.5
+            return super().step(closure)
+
+    class Counted(Model):
+        def configure_optimizers(self):
+            return Counting(self.parameters(), lr=0.05)
+
+    assert_same(Counted, replays=False, reasons=["an optimizer counts in Python"])
+
+
 def test_gradients_live_across_steps_and_validation():
     class Accumulating(Model):
         def training_step(self, batch, batch_idx):

@@ -14,6 +14,7 @@ from xtrain.compiled.building import Replay
 from xtrain.compiled.known import Slot, apply_counters
 from xtrain.compiled.optimizers import Rates
 from xtrain.compiled.recorded import Rate, Recorded
+from xtrain.compiled.watching import PLAIN, fingerprint
 from xtrain.run.state import Run
 
 TRIALS = 20
@@ -48,8 +49,10 @@ class Path:
         """Return whether a step at this place would go this way, as far as Python has asked."""
         for space, name, value in self._guards:
             found = space.get(name, self)
-            if found is not value and (type(found) is not type(value) or isinstance(found, Tensor) or found != value):
+            if found is not value and (type(value) not in PLAIN or type(found) is not type(value) or found != value):
                 return False
+        if any(fingerprint(value) != before for value, before in self.recorded.watch.containers):
+            return False
         return self.recorded.watch.answers.hold(self._run.trainer.progress)
 
     def use(self, replay: Replay) -> None:

@@ -22,9 +22,10 @@ from xtrain.module import LightningModule
 from xtrain.run.progress import Progress
 from xtrain.run.state import Run
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
+PLAIN = (bool, int, float, str, bytes, type(None))
 _MISSING = object()
-_DEPTH, _ITEMS = 3, 2000  # how far containers are looked into
+_DEPTH, _ITEMS = 3, 500  # how far containers are looked into
+_CONTAINERS = (dict, list, tuple, deque, set, frozenset)
 _LOOKS = {"callback_metrics", "logged_metrics", "progress_bar_metrics", "logger", "loggers"}
 _IN_PLACE_FIX = "self.log(...) a tensor, return it from training_step, or do this in on_train_batch_end"
 
@@ -39,6 +40,7 @@ class Watch:
         guards: what it read before it wrote it, as ``(namespace, name, value)``.
         written: the attributes it set, as ``(namespace, name): value``.
         problems: what a replay would miss.
+        containers: the containers among what it read, each with its `fingerprint`.
         scheduled: the schedulers that were stepped, in order.
     """
 
@@ -49,7 +51,8 @@ class Watch:
         self.written: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self.problems: list[Problem] = []
         self._known: set[tuple[int, str]] = set()
-        self._containers: list[tuple[str, Any, Any]] = []
+        self._held: list[tuple[str, Any, Any]] = []
+        self.containers: list[tuple[Any, Any]] = []
 
     def read(self, space: dict[str, Any], name: str, value: Any) -> None:
         """Note that the step read an attribute."""
@@ -57,16 +60,19 @@ class Watch:
             return
         self._known.add((id(space), name))
         self.guards.append((space, name, value))
-        if not isinstance(value, (*_PLAIN, Tensor, nn.Module)):
-            self._containers.append((name, value, fingerprint(value)))
-            inside = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-            self.guards += [(inside, key, item) for key, item in list(inside.items())[:_ITEMS]]
+        if not isinstance(value, (*PLAIN, Tensor, nn.Module)):
+            self._held.append((name, value, fingerprint(value)))
+            if isinstance(value, _CONTAINERS):
+                self.containers.append((value, fingerprint(value)))
+            else:
+                inside = getattr(value, "__dict__", {})
+                self.guards += [(inside, key, item) for key, item in list(inside.items())[:_ITEMS]]
 
     def write(self, space: dict[str, Any], name: str, value: Any) -> None:
         """Note that the step set an attribute."""
         self._known.add((id(space), name))
         self.written[id(space), name] = (space, name, value)
-        if not isinstance(value, (*_PLAIN, Tensor)):
+        if not isinstance(value, (*PLAIN, Tensor)):
             what = f"self.{name} was set to a {type(value).__name__}"
             self.problems.append(
                 Problem(what, "keep tensors and numbers in attributes of their own", place_of_the_user())
@@ -79,14 +85,14 @@ class Watch:
 
     def close(self) -> None:
         """Look what became of the containers that the step read."""
-        for name, value, before in self._containers:
+        for name, value, before in self._held:
             if fingerprint(value) != before:
                 self.problems.append(Problem(f"self.{name} was changed in place", _IN_PLACE_FIX))
 
 
 def fingerprint(value: Any, depth: int = _DEPTH) -> Any:
     """Return what changes when a container, or an object, is changed in place."""
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor) or depth == 0:
         return id(value)
@@ -105,9 +111,11 @@ def _watching(kind: Any, watch: Watch) -> Any:
 
     def read(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if (name in _OF_XTRAIN and name != "_hparams") or name[:2] == "__":
-            return value
         space = object.__getattribute__(self, "__dict__")
+        if name == "hparams":
+            watch.read(space, "_hparams", space["_hparams"])
+        if name in _OF_XTRAIN or name[:2] == "__":
+            return value
         if name in space:
             watch.read(space, name, value)
         return value
@@ -145,6 +153,12 @@ def _looking(kind: Any, watch: Watch) -> Any:
     return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
 
 
+def _settings_of(layer: nn.Module) -> list[Guard]:
+    """Return what a layer of torch computes with, such as the probability of a dropout."""
+    space = vars(layer)
+    return [(space, k, v) for k, v in space.items() if isinstance(v, PLAIN) and k[0] != "_" and k != "training"]
+
+
 def _is_users(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.")
 
@@ -159,7 +173,9 @@ def watched(run: Run) -> Iterator[Watch]:
         kinds: dict[type, Any] = {}
         stack.callback(_attributes_of_classes, kinds, watch)
         for module in run.module.modules():
-            if _is_users(module):
+            if not _is_users(module):
+                watch.guards += _settings_of(module)
+            else:
                 kind = type(module)
                 if kind not in kinds:
                     kinds[kind] = _watching(kind, watch)
@@ -193,6 +209,7 @@ _OUTSIDE = {
     "numpy": Problem("NumPy's random numbers were used", "torch.rand(())"),
     "rates": Problem("a learning rate was changed in the step", "scheduler.step() in on_train_batch_end"),
     "schedulers": Problem("a scheduler was stepped in the step", "scheduler.step() in on_train_batch_end"),
+    "optimizers": Problem("an optimizer counts in Python", "torch.optim's optimizers, or a count that is a tensor"),
     "should_stop": Problem("trainer.should_stop was set in the step", "set it in on_train_batch_end"),
     "storage": Problem("a parameter got another memory (p.data = ...)", "p.copy_(...) under torch.no_grad()"),
 }
@@ -207,9 +224,17 @@ def _outside_world(run: Run) -> dict[str, Any]:
         "numpy": None if numpy is None else [str(part) for part in numpy.random.get_state(legacy=True)],
         "rates": [(id(rate), float(rate)) if isinstance(rate := group["lr"], Tensor) else rate for group in groups],
         "schedulers": [getattr(config.scheduler, "last_epoch", None) for config in run.schedulers],
+        "optimizers": [_counts_of(o.optimizer) for o in run.life.optimizers],
         "should_stop": run.trainer.should_stop,
         "storage": [tensor.data_ptr() for tensor in (*run.module.parameters(), *run.module.buffers())],
     }
+
+
+def _counts_of(optimizer: Any) -> list[Any]:
+    """Return the plain values that an optimizer keeps, in attributes and in the states of parameters."""
+    own = [(k, v) for k, v in vars(optimizer).items() if isinstance(v, PLAIN) and k[0] != "_"]
+    kept = [(k, v) for held in optimizer.state.values() for k, v in held.items() if isinstance(v, PLAIN)]
+    return [own, kept]
 
 
 @contextmanager
