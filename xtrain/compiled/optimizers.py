@@ -82,13 +82,20 @@ def made_of_tensors(optimizers: Sequence[Optimizer], rates: Rates) -> Iterator[N
 
 
 class _Steps:
-    """Switches the groups of one optimizer between its own settings and tensors."""
+    """Switches the groups of one optimizer between its own settings and tensors.
+
+    A step that calls the step of its base class runs the hooks twice: the outer ones count.
+    """
 
     def __init__(self, optimizer: Optimizer, rates: Rates) -> None:
         self._optimizer, self._rates = optimizer, rates
         self._kept: list[dict[str, Any]] = []
+        self._depth = 0
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self._depth += 1
+        if self._depth > 1:
+            return args, kwargs
         closure = next((c for c in (*args[1:], kwargs.get("closure")) if callable(c)), None)
         self.begin()
         return (args, kwargs) if closure is None else ((args[0], self._outside(closure)), {})
@@ -102,12 +109,15 @@ class _Steps:
         torch.compiler._is_compiling_flag = True
 
     def after(self, *_: Any) -> None:
-        self.end()
+        self._depth -= 1
+        if self._depth == 0:
+            self.end()
 
     def end(self) -> None:
         torch.compiler._is_compiling_flag = False
         for group, kept in zip(self._optimizer.param_groups, self._kept, strict=False):
-            group.update({key: kept[key] for key in ("lr", *_FORCED) if key in kept})
+            given = {"lr": self._rates.of(group), **_FORCED}  # what the step itself has changed since stays
+            group.update({key: kept[key] for key, value in given.items() if key in kept and group[key] is value})
         self._kept = []
 
     def _outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
