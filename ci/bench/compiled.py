@@ -145,7 +145,7 @@ class Blocks:
         self.epoch = 0
 
     def __len__(self) -> int:
-        return WARM_UP if self.epoch < 2 else UNMEASURED + self.blocks * self.steps + 1
+        return WARM_UP if self.epoch == 0 else UNMEASURED + self.blocks * self.steps + 1
 
     def batch(self, index: int) -> Any:
         return self.batches[index % len(self.batches)]
