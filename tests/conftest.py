@@ -1,5 +1,7 @@
 """What every test starts from: one thread, a fixed seed, fixed examples, and no backend registered by another file."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -33,7 +35,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    """Every test begins with the same random numbers; a seed that one puts into the environment ends with it."""
+    os.environ.pop("XTRAIN_SEED", None)
     torch.manual_seed(1)
+    yield
+    os.environ.pop("XTRAIN_SEED", None)
 
 
 @pytest.fixture(autouse=True)

@@ -326,7 +326,7 @@ def test_step_values_of_evaluation_are_rows_of_their_own(every):
     run = trainer(max_epochs=2, logger=logger, log_every_n_steps=every)
     run.fit(Stepwise(), loader(1), loader(4))
     epoch = [(i, {"single": float(i % 4), "both_step": float(i % 4)}) for i in range(8)]
-    expected = [*epoch[:4], (1, {"both_epoch": 1.5}), *epoch[4:], (2, {"both_epoch": 1.5})]
+    expected = [*epoch[:4], (0, {"both_epoch": 1.5}), *epoch[4:], (1, {"both_epoch": 1.5})]
     assert logger.rows == expected
     assert {name: value.item() for name, value in run.callback_metrics.items()} == {"both": 1.5, "both_epoch": 1.5}
 

@@ -64,7 +64,7 @@ def test_command_prints_the_tables_as_wide_as_the_terminal(capsys, monkeypatch):
         assert {name.split(",")[0] for name in rows if name} == {
             r[0] for r in (n[0].split(", ") for n in matrix_rows())
         }
-        assert rows["cpu"] == [*matrix_rows()[0][1:]]
+        assert [rows["cpu"]] == [row[1:] for row in matrix_rows() if row[0] == "cpu"]
         assert max(map(len, out.splitlines())) <= max(width, 80)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 _GAP = "  "
-_NARROWEST = 8
+_NARROWEST = 12  # the names of backends are not broken
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> str:
