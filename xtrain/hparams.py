@@ -40,6 +40,11 @@ class KeepsHyperParameters:
         kept: HyperParameters = vars(self).setdefault("_hparams", HyperParameters())
         return kept
 
+    @property
+    def hparams_initial(self) -> HyperParameters:
+        """What `save_hyperparameters` kept, without what was set in `hparams` since."""
+        return HyperParameters(vars(self).get("_hparams_initial", {}))
+
     def save_hyperparameters(self, *names: Any, ignore: Iterable[str] | str | None = None, logger: bool = True) -> None:
         """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
 
@@ -62,6 +67,7 @@ class KeepsHyperParameters:
         frame = inspect.currentframe()
         values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
         self._log_hparams = logger
+        vars(self).setdefault("_hparams_initial", HyperParameters()).update(values)
         self.hparams.update(values)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from xtrain.collectives import gather
+from xtrain.compat.methods import LightningMethods
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.hooks import ModuleHooks
 from xtrain.hparams import KeepsHyperParameters
@@ -29,7 +30,7 @@ _VERBS = frozenset(
 )
 
 
-class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, nn.Module):
+class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, LightningMethods, nn.Module):
     """A `torch.nn.Module` with a training step.
 
     Define `training_step` and `configure_optimizers`. In manual optimization

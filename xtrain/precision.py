@@ -17,9 +17,9 @@ from xtrain.errors import ConfigurationError, explain
 _NO_CONTEXT = nullcontext()  # holds nothing, so one serves all
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How numbers are represented during training.
+@dataclass(frozen=True, eq=False, repr=False)
+class Precision(str):
+    """How numbers are represented during training; also the str that is its name.
 
     Attributes:
         name: the spelling used in `Trainer(precision=...)`.
@@ -32,6 +32,10 @@ class Precision:
     parameter_dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
     loss_scaling: bool = False
+
+    def __new__(cls, name: str, *_: Any, **__: Any) -> Precision:
+        """Make the str."""
+        return super().__new__(cls, name)
 
     def forward_context(self, device_type: str) -> AbstractContextManager[Any]:
         """Return the context of a forward pass on `device_type`.

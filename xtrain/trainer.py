@@ -262,14 +262,15 @@ class Trainer(CheckpointVerbs):
         dataloaders: Any = None,
         datamodule: Any = None,
         ckpt_path: Any = None,
+        verbose: bool = False,
     ) -> list[dict[str, float]]:
-        """Run ``validation_step`` over the loaders; returns one dict of epoch metrics per loader.
+        """Run ``validation_step`` over the loaders; returns, and prints if `verbose`, a dict of metrics per loader.
 
         Example:
             >>> trainer.validate(module, data)[0].keys()
             dict_keys(['val_loss'])
         """
-        return self._evaluate("validate", model, dataloaders, datamodule, ckpt_path)
+        return self._told(verbose, self._evaluate("validate", model, dataloaders, datamodule, ckpt_path))
 
     def test(
         self,
@@ -277,14 +278,15 @@ class Trainer(CheckpointVerbs):
         dataloaders: Any = None,
         datamodule: Any = None,
         ckpt_path: Any = None,
+        verbose: bool = False,
     ) -> list[dict[str, float]]:
-        """Run ``test_step`` over the loaders; returns one dict of epoch metrics per loader.
+        """Run ``test_step`` over the loaders; returns, and prints if `verbose`, a dict of metrics per loader.
 
         Example:
             >>> trainer.test(module, data)[0].keys()
             dict_keys(['val_loss'])
         """
-        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path)
+        return self._told(verbose, self._evaluate("test", model, dataloaders, datamodule, ckpt_path))
 
     def predict(
         self,
@@ -310,6 +312,12 @@ class Trainer(CheckpointVerbs):
         kept = return_predictions is not False
         found = self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, kept)
         return found if kept else None
+
+    def _told(self, verbose: bool, results: list[dict[str, float]]) -> list[dict[str, float]]:
+        for index, result in enumerate(results if verbose else ()):
+            values = ", ".join(f"{name}={value:.6g}" for name, value in result.items())
+            self.print(f"loader {index}: {values}" if len(results) > 1 else values)
+        return results
 
     def _evaluate(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from xtrain.compat.imports import in_place_of
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.metrics.checks import Settings
 from xtrain.metrics.logs import Logs
@@ -227,7 +228,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
     """
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            fix = "class MyCallback(xtrain.Callback): ..."
+            fix = in_place_of(callback) or "class MyCallback(xtrain.Callback): ..."
             raise ConfigurationError(explain("callbacks derived from xtrain.Callback", type(callback).__name__, fix))
 
 

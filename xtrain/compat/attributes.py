@@ -100,7 +100,7 @@ class LightningAttributes:
     def log_dir(self: Any) -> str:
         """The folder of the first logger's run, of `default_root_dir` without one; the same on every rank."""
         logger = self.logger
-        folder = None if logger is None else logger.log_dir or getattr(logger, "save_dir", None)
+        folder = None if logger is None else getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
         return str(self.broadcast(folder or self.default_root_dir))
 
     @property

@@ -93,6 +93,16 @@ def find(place: str, name: str) -> Any:
     raise ImportError(explain(f"a name that {ROOT} has", f"{name}, which only Lightning has ({place or ROOT})", hint))
 
 
+def in_place_of(value: Any) -> str | None:
+    """Return the line that imports xtrain's class in place of Lightning's, of which `value` is one; None for others."""
+    for cls in type(value).__mro__:
+        root, *place = cls.__module__.split(".")
+        if root in ("lightning", "pytorch_lightning"):
+            within = next((part for part in place if part in ("callbacks", "loggers")), "")
+            return f"from {f'{ROOT}.{within}'.rstrip('.')} import {cls.__name__}  # not from {root}"
+    return None
+
+
 def _from_inner_to_outer(place: str) -> list[ModuleType]:
     """Return the modules on the way to `place` that exist here, the innermost first, without the outermost."""
     parts = place.split(".")

@@ -36,7 +36,7 @@ def as_loggers(logger: Any, root: str) -> list[Logger]:
         return [CSVLogger(root)]
     loggers = list(logger) if isinstance(logger, Iterable) else [logger]
     for each in loggers:
-        if not isinstance(each, Logger):
+        if not (isinstance(each, Logger) or _serves_as_one(each)):
             raise ConfigurationError(
                 explain(
                     "logger=True, a Logger, or a list of them",
@@ -45,3 +45,8 @@ def as_loggers(logger: Any, root: str) -> list[Logger]:
                 )
             )
     return loggers
+
+
+def _serves_as_one(logger: Any) -> bool:
+    """Return whether `logger` has the methods of one, as those of Lightning do."""
+    return all(callable(getattr(logger, name, None)) for name in ("log_metrics", "log_hyperparams", "save", "finalize"))

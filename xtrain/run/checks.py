@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from xtrain.callbacks.base import Callback
+from xtrain.compat.imports import in_place_of
 from xtrain.data.datamodule import LightningDataModule
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.hooks import BatchHooks, ModuleHooks, is_overridden
@@ -30,6 +31,11 @@ _OLDER = {
     "on_epoch_start": "on_train_epoch_start", "on_epoch_end": "on_train_epoch_end",
     "on_batch_start": "on_train_batch_start", "on_batch_end": "on_train_batch_end",
     "on_pretrain_routine_start": "on_fit_start", "on_pretrain_routine_end": "on_fit_start",
+    "on_init_start": "setup", "on_init_end": "setup", "on_keyboard_interrupt": "on_exception",
+    "configure_sharded_model": "configure_model", "on_configure_sharded_model": "setup",
+    "on_hpc_load": "on_load_checkpoint", "on_hpc_save": "on_save_checkpoint",
+    **{f"on_{name}_dataloader": f"{name}_dataloader" for name in ("train", "val", "test", "predict")},
+    "get_progress_bar_dict": "log", "tbptt_split_batch": "training_step",
 }  # fmt: skip
 
 
@@ -41,7 +47,7 @@ def check_idle(trainer: TrainerState, module: Any) -> None:
         ProtocolError: if one of them is in a run.
     """
     if not isinstance(module, LightningModule):
-        fix = "class Model(xtrain.LightningModule): ..."
+        fix = in_place_of(module) or "class Model(xtrain.LightningModule): ..."
         raise ConfigurationError(explain("a LightningModule", f"{type(module).__name__}", fix))
     if "_modules" not in vars(module):
         fix = "def __init__(self): super().__init__(); ..."
@@ -128,6 +134,9 @@ def _meant(name: str, base: type) -> str | None:
 def _check_kind(owner: Any, name: str, function: Any) -> None:
     kinds = {"a generator (it has a yield)": inspect.isgeneratorfunction, "a coroutine": inspect.iscoroutinefunction,
              "an asynchronous generator": inspect.isasyncgenfunction}  # fmt: skip
+    if "dataloader_iter" in inspect.signature(function).parameters:
+        fix = f"def {name}(self, batch, batch_idx)"
+        raise ConfigurationError(explain(f"{name} to take batches", "dataloader_iter, the iterator of them", fix))
     for kind, is_kind in kinds.items():
         if is_kind(function):
             where = f"{type(owner).__name__}.{name}"

@@ -198,7 +198,8 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     module = run.module
     check_methods(module, run.datamodule, run.trainer.callbacks)
     for logger in run.metrics.loggers:
-        logger.prepare()
+        if hasattr(logger, "prepare"):  # those of other libraries have no such method
+            logger.prepare()
     _prepare_data(run)
     if run.datamodule is not None:
         run.datamodule.setup(run.called)
