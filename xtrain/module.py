@@ -115,17 +115,6 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, LightningMethods,
         """Return the optimizers, in any of the forms listed in `xtrain.configure.ACCEPTED_FORMS`."""
         raise _undefined(self, "configure_optimizers")
 
-    def configure_callbacks(self) -> Any:
-        """Return callbacks that belong to the module; they replace those of the same class given to the Trainer.
-
-        Example:
-            >>> from xtrain.callbacks import EarlyStopping
-            >>> class Stopping(LightningModule):
-            ...     def configure_callbacks(self):
-            ...         return [EarlyStopping("val_loss")]
-        """
-        return []
-
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
