@@ -78,6 +78,7 @@ class MetricLog(Logs):
         self._sends_steps = log_every_n_steps > 0
         self.loggers: Sequence[Logger] = ()
         self.checks: dict[str, Tensor] = {}
+        self._checked: dict[str, float] = {}  # those that were read with something else
         self.progress_bar_metrics: dict[str, float] = {}
         self._callback: dict[str, Metric | float] = {}
         self._logged: dict[str, Metric | float] = {}
@@ -192,8 +193,8 @@ class MetricLog(Logs):
         Returns:
             The `checks` as floats by name.
         """
-        checks = dict(zip(self.checks, self._read(list(self.checks.values())), strict=True))
-        self.checks.clear()
+        self._read_with_checks()
+        checks, self._checked = self._checked, {}
         self._send(self._stage.row, step, epoch)
         self._stage.row = {}
         self._send_kept(epoch)
@@ -218,7 +219,7 @@ class MetricLog(Logs):
         for metric in sorted(metrics, key=attrgetter("key")):  # torchmetrics talks to the other ranks, too
             metric.compute_source()
         if any(metric.waiting or metric.fresh for metric in metrics):
-            self._read([])
+            self._read_with_checks()  # which wait as well: one transfer for all
         reduced = [metric for metric in metrics if metric.read and metric.result is None]
         local = values_of_epoch(stage, reduced)
         whole = combine(agreed, local, self._ranks)
@@ -269,6 +270,11 @@ class MetricLog(Logs):
         if stage.name != "sanity":
             for logger in self.loggers:
                 logger.save()
+
+    def _read_with_checks(self) -> None:
+        names = list(self.checks)
+        self._checked |= dict(zip(names, self._read(list(self.checks.values())), strict=True))
+        self.checks.clear()
 
     def _read(self, extra: list[Tensor]) -> list[float]:
         """Bring everything that waits to the host, and `extra`, which is returned: one transfer for all."""

@@ -167,7 +167,7 @@ def odd_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> Iterat
         if strange:
             expected = f"optimizer {index} ({type(optimizer).__name__}) to hold parameters of the module"
             shapes = ", ".join(str(tuple(p.shape)) for p in strange[:3])
-            received = f"{len(strange)} others (shapes {shapes}), which are neither moved to the device nor saved"
+            received = f"{len(strange)} others (shapes {shapes}), which no checkpoint has, and not every backend moves"
             yield explain(expected, received, "self.image = torch.nn.Parameter(image) in __init__")
 
 
