@@ -246,7 +246,9 @@ def by_hand(rank, count, port):
 
 def joining(rank, count, port, seconds=2):
     """Join a run from a process of its own; return what it printed."""
-    code = f"from xtrain.launch import join; join.join(seconds={seconds}); print('joined')"
+    # Where the tests run in the background, a shell may have told them, and so this process, to ignore Ctrl-C.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from xtrain.launch import join; join.join(seconds={seconds}); print('joined')"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment(**by_hand(rank, count, port)),

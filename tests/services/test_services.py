@@ -127,7 +127,7 @@ def through_aim(folder):
     logger = AimLogger(repo=folder, experiment="digits", run_name="first")
     run_with(logger)
     run = Run(logger.version, repo=folder)
-    values = {m.name: [v for _, v in sorted(zip(*m.values.sparse_list(), strict=True))] for m in run.metrics()}
+    values = {m.name: m.dataframe()[["step", "value"]].values.tolist() for m in run.metrics()}
     images = len(run.get_image_sequence("sample", Context({})).values.sparse_list()[1])
     return run.experiment, run.name, values, run["hparams", "lr"], run["hparams", "net", "width"], images
 
@@ -135,5 +135,5 @@ def through_aim(folder):
 def test_aim(tmp_path):
     experiment, name, values, lr, width, images = fresh(through_aim, str(tmp_path))
     assert (experiment, name, lr, width) == ("digits", "first", 0.5, 3)
-    assert values["loss"] == [1.0, 3.0]
+    assert values["loss"] == [[1, 1.0], [3, 3.0]]
     assert images == 1

@@ -58,7 +58,8 @@ def export(path: Path, target: Path) -> int:
         CheckpointError: for a damaged checkpoint, or one without tensors.
     """
     if find_spec("safetensors") is None:
-        raise MissingDependencyError("xtrain export needs the safetensors package: pip install safetensors")
+        fix = "pip install 'xtrain-torch[export]'"
+        raise MissingDependencyError(explain("the package safetensors, which xtrain export writes with", "none", fix))
     from safetensors.torch import save_file
 
     checkpoint = read_checkpoint(path).checkpoint
