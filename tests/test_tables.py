@@ -89,7 +89,7 @@ def test_doctor_names_versions_devices_and_what_is_missing(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert re.search(rf"^torch +{re.escape(torch.__version__)}", out, re.MULTILINE)
-    assert re.search(r"^cpu +\w+, \d+ cores", out, re.MULTILINE)
+    assert re.search(r"^processor +\w+, \d+ cores", out, re.MULTILINE)
     assert "launcher   python" in out
     assert re.search(r"^cpu +yes$", out, re.MULTILINE)
 

@@ -34,10 +34,10 @@ class Collectives:
 
     Attributes:
         rank: of this process, from 0.
-        local_rank: likewise, among those of its machine.
+        local_rank: of this process, among those of its machine.
         world_size: number of ranks.
-        place: says in words where the run is; the run sets it, and every header has it.
-        asks: says whether this rank wants the training to end; likewise.
+        position: says in words where the run is; the run sets it, and every header has it.
+        asks: says whether this rank wants the training to end; the run sets it, and every header has it.
         asked: whether any rank was heard to want that. It is the same on all ranks after each header.
         meets_in_steps: gradients are averaged after a header; else the ranks meet between steps only.
         equal_forwards: the forward itself talks to the other ranks, so an evaluation makes equally many on each.
@@ -46,7 +46,7 @@ class Collectives:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    place: Callable[[], str] = staticmethod(lambda: "")
+    position: Callable[[], str] = staticmethod(lambda: "")
     asks: Callable[[], bool] = staticmethod(lambda: False)
     asked: bool = False
     equal_forwards: bool = False
@@ -72,7 +72,7 @@ class Collectives:
 
     def _header(self, call: str, facts: bytes, note: str) -> Tensor:
         """Return what this rank says as a tensor of `HEADER` bytes."""
-        where = self.place()
+        where = self.position()
         text = f"{call}, {where}".encode() if where else call.encode()
         row = bytearray(HEADER)
         row[:_DIGEST] = hashlib.blake2b(text, digest_size=_DIGEST).digest()

@@ -300,9 +300,9 @@ class LightningOptimizer:
         """Add the gradients of `loss` to the parameters of this optimizer alone, whatever else `loss` depends on.
 
         Args:
-            loss: see `LightningModule.manual_backward`, like the other arguments.
-            *args: see there.
-            **kwargs: see there.
+            loss: as in `LightningModule.manual_backward`.
+            *args: as in `LightningModule.manual_backward`.
+            **kwargs: as in `LightningModule.manual_backward`.
 
         Raises:
             ProtocolError: in automatic optimization, which calls backward itself.

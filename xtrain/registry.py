@@ -261,7 +261,7 @@ def _no_backend(backend: Any) -> ConfigurationError:
 def _unknown(name: str) -> UnknownBackendError:
     known = list(registered_backends())
     closest = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
-    fix = f"Trainer(backend={(closest or ['cpu'])[0]!r})"
+    fix = f"Trainer(backend={(closest or ['auto'])[0]!r})"
     return UnknownBackendError(explain(f"a backend out of {', '.join(map(repr, known))}", repr(name), fix))
 
 

@@ -74,7 +74,7 @@ class LossScaler:
         return loss * self._scale
 
     def restore(self, optimizers: Iterable[OptimizerHandle]) -> Restored:
-        """Give true gradients their scale back, before a scaled loss adds to them; `settle` ends it.
+        """Give true gradients their scale back, before a scaled loss adds to them; `finish_restore` ends it.
 
         Args:
             optimizers: all of the run; those that no backward can reach now are passed over.
@@ -86,7 +86,7 @@ class LossScaler:
                 restored.append((optimizer, self._versions_of(optimizer)))
         return restored
 
-    def settle(self, restored: Restored) -> None:
+    def finish_restore(self, restored: Restored) -> None:
         """Take the scale off what the backward after `restore` did not reach; the rest carries it now."""
         for optimizer, versions in restored:
             if self._versions_of(optimizer) == versions:

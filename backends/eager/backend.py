@@ -78,7 +78,7 @@ class EagerBackend(ScalingBackend):
         with self.precision.backward_context(self.device.type):
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(*args, **kwargs)
         if self.scaler is not None:
-            self.scaler.settle(restored)
+            self.scaler.finish_restore(restored)
 
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
         self.average_gradients(optimizer)

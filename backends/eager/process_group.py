@@ -56,7 +56,7 @@ class TorchCollectives(Collectives):
         heard: list[bytes] = []
 
         def hear() -> None:
-            _wait(work, f"{call}, {self.place()}")
+            _wait(work, f"{call}, {self.position()}")
             heard.extend(self._heard(received))
 
         def answer() -> list[bytes]:

@@ -130,7 +130,7 @@ class LayerGroup:
     """A module that `fully_shard` was applied to.
 
     Args:
-        module: see above.
+        module: that one.
         name: of it in the user's module.
         originals: the parameters before, by module and name.
     """

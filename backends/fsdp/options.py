@@ -17,7 +17,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse a `value` that is not among `choices`.
 
     Raises:
-        ConfigurationError: see above.
+        ConfigurationError: with all choices.
     """
     if value not in choices:
         fix = f"FSDP({name}={choices[-1]!r})"

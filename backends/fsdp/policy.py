@@ -20,7 +20,7 @@ def check_policy(policy: Policy) -> None:
     """Refuse what is neither a name of a policy nor a function.
 
     Raises:
-        ConfigurationError: see above.
+        ConfigurationError: with a function that would do.
     """
     if policy not in ("layers", "children") and not callable(policy):
         fix = "FSDP(shard=lambda name, module: isinstance(module, Block))"
@@ -119,7 +119,7 @@ def check_shardable(module: nn.Module, sharded: int, plain: set[nn.Parameter]) -
     """Refuse a module of which FSDP would shard nothing, or whose tensors do not exist yet.
 
     Raises:
-        ConfigurationError: see above.
+        ConfigurationError: with what is missing.
     """
     for name, parameter in module.named_parameters():
         if parameter.device == torch.device("meta"):

@@ -49,7 +49,10 @@ def _version(package: str) -> str:
 def devices() -> Iterator[list[str]]:
     """Yield the processor and the accelerators that torch sees."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield ["cpu", f"{platform.machine()}, {cores} cores for this process, {torch.get_num_threads()} threads of torch"]
+    yield [
+        "processor",
+        f"{platform.machine()}, {cores} cores for this process, {torch.get_num_threads()} threads of torch",
+    ]
     if not torch.accelerator.is_available():
         yield ["accelerator", "torch sees none"]
         return

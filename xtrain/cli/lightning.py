@@ -77,7 +77,7 @@ class LightningCLI:
         seed_everything_default: the default of ``--seed_everything``: a seed, True for 0, or False for none.
         parser_kwargs: passed on to `jsonargparse.ArgumentParser`.
         subclass_mode_model: ``--model`` takes any class derived from `model_class`.
-        subclass_mode_data: likewise for ``--data``.
+        subclass_mode_data: ``--data`` takes any class derived from `datamodule_class`.
         args: what follows the command's name, or a configuration as a dict; default: `sys.argv`.
         run: False makes `trainer`, `model` and `datamodule` only, and has no subcommands.
 

@@ -32,18 +32,18 @@ class Problem:
     Attributes:
         what: in the words of the user.
         fix: what to write instead.
-        place: file, number and text of the line that did it.
+        location: file, number and text of the line that did it.
     """
 
     what: str
     fix: str
-    place: str = ""
+    location: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what}{self.place}. Fix:  {self.fix}"
+        return f"{self.what}{self.location}. Fix:  {self.fix}"
 
 
-def place_of_the_user() -> str:
+def user_location() -> str:
     """Return file, line and text of the innermost frame that is neither torch's nor xtrain's."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((*_NOT_OF_THE_USER, "<")):
@@ -155,11 +155,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if _READS & set(func.tags):
             what = f"a value of a tensor was read ({func})"
-            self.recording.problems.append(Problem(what, _VALUE_FIX, place_of_the_user()))
+            self.recording.problems.append(Problem(what, _VALUE_FIX, user_location()))
             return func(*args, **kwargs)
         if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
             what = "random numbers were drawn from a generator of its own"
-            self.recording.problems.append(Problem(what, "draw them without generator=", place_of_the_user()))
+            self.recording.problems.append(Problem(what, "draw them without generator=", user_location()))
         arguments = pytree.tree_map(lambda x: self.node(x) if isinstance(x, Tensor) else x, (args, kwargs))
         out = func(*args, **kwargs)
         node = self.recording.graph.call_function(func, *arguments)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xtrain.compiled.questions import Answers, WatchedInt, WatchedProgress
-from xtrain.compiled.recording import Problem, place_of_the_user
+from xtrain.compiled.recording import Problem, user_location
 from xtrain.module import LightningModule
 from xtrain.run.progress import Progress
 from xtrain.run.state import Run
@@ -74,14 +74,12 @@ class Watch:
         self.written[id(space), name] = (space, name, value)
         if not isinstance(value, (*PLAIN, Tensor)):
             what = f"self.{name} was set to a {type(value).__name__}"
-            self.problems.append(
-                Problem(what, "keep tensors and numbers in attributes of their own", place_of_the_user())
-            )
+            self.problems.append(Problem(what, "keep tensors and numbers in attributes of their own", user_location()))
 
     def looked(self, name: str) -> None:
         """Note that the step looked at something of the Trainer that another step may find changed."""
         what = f"trainer.{name} was used in the step"
-        self.problems.append(Problem(what, "use it in on_train_batch_end", place_of_the_user()))
+        self.problems.append(Problem(what, "use it in on_train_batch_end", user_location()))
 
     def close(self) -> None:
         """Look what became of the containers that the step read."""
@@ -248,7 +246,7 @@ def _schedulers(run: Run, watch: Watch, world: dict[str, Any]) -> Iterator[None]
             watch.scheduled.append(scheduler)
             if args or kwargs:
                 what = "a scheduler was given a value in the step"
-                watch.problems.append(Problem(what, "scheduler.step(value) in on_train_epoch_end", place_of_the_user()))
+                watch.problems.append(Problem(what, "scheduler.step(value) in on_train_epoch_end", user_location()))
             unchanged = _outside_world(run)["rates"] == world["rates"]
             result = step(*args, **kwargs)
             if unchanged:
@@ -277,7 +275,7 @@ def _no_new_seeds(watch: Watch) -> Iterator[None]:
     def noting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             what = f"torch.{function.__name__} was called (by activation checkpointing?)"
-            watch.problems.append(Problem(what, "compile='networks'", place_of_the_user()))
+            watch.problems.append(Problem(what, "compile='networks'", user_location()))
             return function(*args, **kwargs)
 
         return call

@@ -56,9 +56,9 @@ class LightningDataModule(KeepsHyperParameters, BatchHooks):
 
         Args:
             train_dataset: a dataset, or a list or dict of them, each with a loader.
-            val_dataset: likewise.
-            test_dataset: likewise.
-            predict_dataset: likewise.
+            val_dataset: of validation, in the same forms.
+            test_dataset: of testing.
+            predict_dataset: of prediction.
             batch_size: rows per batch.
             num_workers: processes per loader.
             **kwargs: of the class's ``__init__``.

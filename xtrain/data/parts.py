@@ -31,7 +31,7 @@ class EachOnce(Sampler[int]):
         size: of the dataset.
         shuffle: take the parts of a random order, seeded by the epoch.
         ranks: the processes of the run.
-        seed: likewise.
+        seed: of the random order.
     """
 
     def __init__(self, size: int, shuffle: bool, ranks: Collectives, seed: int) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from xtrain.data.batches import END
 from xtrain.data.combined import TogetherLoader
 from xtrain.data.sharding import rebuilt
 from xtrain.errors import CheckpointError, ConfigurationError, explain
 
-Ready = Callable[[], None]
+Notify = Callable[[], None]
 
 
-def starting_at(loader: Any, batches: int, ready: Ready) -> Iterable[Any]:
+def starting_at(loader: Any, batches: int, notify: Notify) -> Iterable[Any]:
     """Return the rest of an epoch of `loader`, whose epoch has been set.
 
     A `DataLoader` over a map-style dataset skips indices and loads nothing for them. Anything else is read from its
@@ -25,24 +26,24 @@ def starting_at(loader: Any, batches: int, ready: Ready) -> Iterable[Any]:
     Args:
         loader: what an epoch iterates over.
         batches: how many were seen.
-        ready: called when the order is drawn and nothing that follows has been loaded.
+        notify: called when the order is drawn and nothing that follows has been loaded.
     """
     begin = getattr(loader, "starting_at", None)
     if begin is not None:
-        return begin(batches, ready)  # type: ignore[no-any-return]
+        return begin(batches, notify)  # type: ignore[no-any-return]
     if isinstance(loader, TogetherLoader) and loader.combined.mode == "min_size":
         parts = loader.combined.flattened
         if all(map(_indexed, parts)):
-            return TogetherLoader(loader.combined.mapped(lambda part: starting_at(part, batches, ready)))
+            return TogetherLoader(loader.combined.mapped(lambda part: starting_at(part, batches, notify)))
     if _indexed(loader):
         own: Any = loader
         try:
             if own.batch_sampler is None:
-                return rebuilt(own, batch_size=None, sampler=_Later(own.sampler, batches, ready))  # type: ignore[no-any-return]
-            return rebuilt(own, batch_sampler=_Later(own.batch_sampler, batches, ready))  # type: ignore[no-any-return]
+                return rebuilt(own, batch_size=None, sampler=_Later(own.sampler, batches, notify))  # type: ignore[no-any-return]
+            return rebuilt(own, batch_sampler=_Later(own.batch_sampler, batches, notify))  # type: ignore[no-any-return]
         except ConfigurationError:  # a class of its own, with other arguments
             pass
-    return _replayed(loader, batches, ready)
+    return _replayed(loader, batches, notify)
 
 
 def _indexed(loader: Any) -> bool:
@@ -52,29 +53,26 @@ def _indexed(loader: Any) -> bool:
 class _Later:
     """A sampler, or batch sampler, without its first items."""
 
-    def __init__(self, sampler: Any, skipped: int, ready: Ready) -> None:
-        self._sampler, self._skipped, self._ready = sampler, skipped, ready
+    def __init__(self, sampler: Any, skipped: int, notify: Notify) -> None:
+        self._sampler, self._skipped, self._notify = sampler, skipped, notify
 
     def __len__(self) -> int:
         return max(0, len(self._sampler) - self._skipped)
 
     def __iter__(self) -> Iterator[Any]:
         items = itertools.islice(iter(self._sampler), self._skipped, None)
-        first = next(items, _END)  # draws the order
-        self._ready()
-        if first is not _END:
+        first = next(items, END)  # draws the order
+        self._notify()
+        if first is not END:
             yield first
             yield from items
 
 
-_END = object()
-
-
-def _replayed(loader: Iterable[Any], batches: int, ready: Ready) -> Iterator[Any]:
+def _replayed(loader: Iterable[Any], batches: int, notify: Notify) -> Iterator[Any]:
     source = iter(loader)
     for _ in itertools.islice(source, batches):
         pass
-    ready()
+    notify()
     yield from source
 
 

@@ -42,7 +42,7 @@ class Failure:
         return f"{head}\n--- traceback of rank {self.rank} ---\n{self.traceback.rstrip()}" if self.traceback else head
 
 
-class Board:
+class FailureStore:
     """Where a rank that fails says why, for all to read; the first entry stays.
 
     Args:
@@ -91,7 +91,7 @@ class Children:
         in_run: set while rank 0 is in a run, during which no child may end.
     """
 
-    def __init__(self, count: int, port: int, token: str, board: Board, in_run: threading.Event) -> None:
+    def __init__(self, count: int, port: int, token: str, board: FailureStore, in_run: threading.Event) -> None:
         self.failure: Failure | None = None
         self._board, self._in_run, self._closing = board, in_run, threading.Event()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}

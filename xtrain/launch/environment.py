@@ -39,7 +39,7 @@ class Launch:
         warnings: what is suspicious about it.
         sources: where each value came from, as ``NAME=value``.
         address: where rank 0 keeps the store in which they meet; empty for a process that nobody placed.
-        port: likewise.
+        port: at which that store listens.
     """
 
     launcher: str = "python"

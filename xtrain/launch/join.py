@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from xtrain.compat.backends import replica_rank
 from xtrain.errors import ConfigurationError, LaunchError, RankFailedError, explain
-from xtrain.launch.children import GRACE, Board, Children, Failure, follow_parent, wait_for
+from xtrain.launch.children import GRACE, Children, Failure, FailureStore, follow_parent, wait_for
 from xtrain.launch.environment import LAUNCH_ID, Launch, detect_launcher
 from xtrain.launch.stores import STORES, ask_for_a_reason, bind_to_loopback, connect
 
@@ -45,12 +45,12 @@ class World:
         self.token = os.environ.get(LAUNCH_ID) or (secrets.token_hex(16) if started else "xtrain")
         self.store = STORES.PrefixStore(self.token, store)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.board = Board(STORES.PrefixStore(f"{self.token}-board-{attempt}", own))
+        self.failures = FailureStore(STORES.PrefixStore(f"{self.token}-board-{attempt}", own))
         self.ended = False
         self._shown_by_rank_0: BaseException | None = None
         self.children: Children | None = None
         if started:
-            self.children = Children(launch.world_size, launch.port, self.token, self.board, _in_run)
+            self.children = Children(launch.world_size, launch.port, self.token, self.failures, _in_run)
         if LAUNCH_ID in os.environ:
             sys.excepthook = self._report
 
@@ -62,13 +62,13 @@ class World:
         """
         lost = _lost_a_peer(error)
         if lost:
-            self.board.wait_in_vain(self.launch.rank)
+            self.failures.wait_in_vain(self.launch.rank)
         if self.children is not None:
             first = self.children.first_failure(GRACE) if lost else None
         else:
-            first = wait_for(self.board.read, GRACE / 2) if lost else None
+            first = wait_for(self.failures.read, GRACE / 2) if lost else None
             self._shown_by_rank_0 = error
-        missing = self.board.missing(self.launch.world_size) if lost and first is None else []
+        missing = self.failures.missing(self.launch.world_size) if lost and first is None else []
         if self.children is not None:
             self.children.end()
             self.ended = True
@@ -77,7 +77,7 @@ class World:
             raise self._shown_by_rank_0 from (error if first is None else None)
         if isinstance(error, Exception) and self.children is None:
             text = "".join(traceback.format_exception(error))
-            self.board.write(Failure(self.launch.rank, f"{type(error).__name__}: {error}", text))
+            self.failures.write(Failure(self.launch.rank, f"{type(error).__name__}: {error}", text))
 
     def _report(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if error is not self._shown_by_rank_0:
@@ -177,7 +177,7 @@ def fail_as_one() -> Iterator[None]:
     """
     _in_run.set()
     if _world is not None:
-        _world.board.run += 1
+        _world.failures.run += 1
     try:
         yield
     except BaseException as error:
@@ -194,7 +194,7 @@ def raise_failure() -> None:
     Raises:
         RankFailedError: with the first failure.
     """
-    first = None if _world is None else _world.board.read()
+    first = None if _world is None else _world.failures.read()
     if first is not None:
         raise RankFailedError(str(first))
 

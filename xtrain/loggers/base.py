@@ -75,7 +75,7 @@ class Logger(ABC):
     def log_hyperparams(self, params: Any) -> None:  # noqa: B027  # a logger may ignore them
         """Take the hyperparameters of the run: a mapping, a Namespace or a dataclass."""
 
-    def log_image(self, key: str, images: Sequence[Any], step: int | None = None) -> None:  # noqa: B027  # likewise
+    def log_image(self, key: str, images: Sequence[Any], step: int | None = None) -> None:  # noqa: B027  # most loggers show no images
         """Take images under one name; override it in a logger that can show them.
 
         Args:

@@ -82,7 +82,7 @@ def load_metric_state(
         log: in the stage of training.
         module: as above.
         states: what this rank saved; what all ranks saved if there are now more or fewer of them.
-        ranks: how many there are in the latter case, else None.
+        ranks: how many there are now, if that changed; else None.
     """
     first, stage = states[0], log._stage
     stage.steps, stage.row = first["steps"], dict(first["row"])

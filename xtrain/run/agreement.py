@@ -10,7 +10,7 @@ def introduce(run: Run) -> None:
     """Let every collective say where this run is, and whether this rank wants the training to end."""
     ranks = run.backend.collectives
     if ranks.world_size > 1:
-        ranks.place, ranks.asks = run.place, lambda: run.trainer.should_stop
+        ranks.position, ranks.asks = run.position, lambda: run.trainer.should_stop
         _share_versions(run)
 
 

@@ -45,7 +45,7 @@ class Options:
 
     Attributes:
         min_epochs: epochs before anybody may stop the training.
-        min_steps: likewise, training steps.
+        min_steps: training steps before anybody may stop the training.
         max_time: see `xtrain.callbacks.Timer`.
         overfit_batches: train and validate on so many batches (or that fraction), without shuffling.
         reload_dataloaders_every_n_epochs: ask module or DataModule for its loaders again so often; 0 is never.

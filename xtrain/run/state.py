@@ -120,7 +120,7 @@ class Run:
         every = self.trainer.accumulate_grad_batches
         return bool((self.trainer.progress.batch_idx + 1) % every) and not self.trainer.progress.is_last_batch
 
-    def place(self) -> str:
+    def position(self) -> str:
         """Say where the run is: what the ranks of a run tell each other with every call."""
         if self.stage != "fit":
             return f"in {self.stage}" + ("" if self.evaluated is None else f", batch {self.evaluated}")
