@@ -188,7 +188,7 @@ class Backend(ABC):
     def step_boundary(self) -> None:
         """End a training, validation or prediction step: launch the graph, update the loss scale."""
 
-    # ---------------------------------------------------------------- defaults
+    # ---------------------------------------------------------------- defaults, right for whole tensors of one device
 
     def meet(self, call: str) -> None:
         """Note that a rank is between two steps, about to do `call`, and so must all the others be.
@@ -209,7 +209,7 @@ class Backend(ABC):
         return nullcontext()
 
     def training_batches(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """Return the batches of a training epoch; a backend that cannot take a smaller last one changes them."""
+        """Return the batches of an epoch. A device that compiles for each shape changes a smaller last one here."""
         return loader
 
     def batch_to_device(self, batch: Any) -> Any:
@@ -245,7 +245,7 @@ class Backend(ABC):
         return parameter
 
     def elements_of(self, parameter: Tensor) -> int:
-        """Return how many numbers the whole `parameter` has."""
+        """Return how many numbers the whole `parameter` has, of which a shard may know nothing."""
         return parameter.numel()
 
     def leaves_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
