@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-from xtrain.contract import Capabilities, OptimizerHandle
+from xtrain.contract import Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
 from xtrain.scaler import LossScaler
@@ -153,6 +153,16 @@ class FSDP(EagerBackend):
         known = {} if self._sharded is None else self._sharded.by_shard
         return [known[p] for p in optimizer.parameters if p in known]
 
+    def _reduced_with(self, optimizer: OptimizerHandle) -> list[tuple[LayerGroup, ShardedParameter, bool]]:
+        """Return the parameters of the layers of `optimizer`, each with whether its gradient is wanted now.
+
+        Optimizers that share a layer share its reduction; averages are linear, so one that accumulates on adds
+        to it later. Not wanted is what another has finalized already, and what nobody trains.
+        """
+        trained = {p for o in self._optimizers if o is optimizer or o.phase is Phase.ACCUMULATED for p in o.parameters}
+        groups = dict.fromkeys(group for group, _ in self._in_shards(optimizer))
+        return [(group, p, p.sharded in trained) for group in groups for p in group.parameters]
+
     def _plain(self, optimizer: OptimizerHandle) -> list[Tensor]:
         known = {} if self._sharded is None else self._sharded.by_shard
         return [p for p in optimizer.parameters if p not in known]
@@ -178,6 +188,9 @@ class FSDP(EagerBackend):
             )
         with self._passes.backward(create, retain):
             super().backward(loss, *args, **kwargs)
+        if self.reduce == "backward":
+            for group in self._passes.groups:
+                group.part_versions()
 
     def _leaves(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         known = {} if self._sharded is None else self._sharded.by_shard
@@ -190,18 +203,18 @@ class FSDP(EagerBackend):
         return self._leaves(optimizer.parameters)
 
     def average_gradients(self, optimizer: OptimizerHandle) -> None:
-        reduced = [] if self.reduce == "backward" else self._in_shards(optimizer)
+        reduced = [] if self.reduce == "backward" else self._reduced_with(optimizer)
         plain = self._plain(optimizer)
-        facts = [int(p.local_gradient is not None) for _, p in reduced] + [state_of(p) for p in plain]
+        facts = [int(wanted and p.local_gradient is not None) for _, p, wanted in reduced]
+        facts += [state_of(p) for p in plain]
         if self._replicated:
             facts = self._agree(optimizer, facts)
             average(plain, facts[len(reduced) :], self.collectives.world_size)
-        wanted: dict[LayerGroup, list[ShardedParameter]] = {}
-        for (group, parameter), exists in zip(reduced, facts, strict=False):
+        together: dict[LayerGroup, list[ShardedParameter]] = {}
+        for (group, parameter, _), exists in zip(reduced, facts, strict=False):
             if exists:
-                parameter.prepare_reduction()
-                wanted.setdefault(group, []).append(parameter)
-        ends = [group.start_reduction(parameters) for group, parameters in reversed(wanted.items())]
+                together.setdefault(group, []).append(parameter)
+        ends = [group.start_reduction(parameters) for group, parameters in reversed(together.items())]
         for end in ends:
             end()
 

@@ -56,6 +56,8 @@ class ShardedParameter:
         self._inner, self.original = inner, original
         self.sharded: nn.Parameter = inner.sharded_param
         self._hooked: list[Any] = []
+        self._reduced: list[Any] = []
+        self._before_reduction: list[Any] = []
 
     @property
     def whole(self) -> nn.Parameter:
@@ -86,9 +88,21 @@ class ShardedParameter:
 
     @property
     def versions(self) -> list[Any]:
-        """What changes when a backward adds to a gradient, or when somebody edits one."""
+        """What changes when a backward adds to a gradient, or when somebody edits one; a reduction is neither."""
         gradients = [self.sharded.grad, self.whole.grad, self._inner.unsharded_accumulated_grad]
-        return [None if g is None else (id(g), local(g)._version) for g in gradients]
+        now = [None if g is None else (id(g), local(g)._version) for g in gradients]
+        return self._before_reduction if now == self._reduced else now
+
+    def note_reduction(self, before: list[Any]) -> None:
+        """Let `versions` go on being `before`: an optimizer that shared a reduction finds nothing edited."""
+        self._reduced = []
+        self._reduced, self._before_reduction = self.versions, before
+
+    def part_versions(self) -> None:
+        """Count edits of this gradient alone: FSDP2 cuts all of a layer out of one buffer, which counts for all."""
+        gradient: Any = self.sharded.grad
+        if gradient is not None and gradient._local_tensor._is_view():
+            gradient._local_tensor = gradient._local_tensor.data
 
     def take_local_gradient(self) -> Callable[[], None]:
         """Drop the local gradient, and return what puts it back."""
@@ -233,12 +247,20 @@ class LayerGroup:
             if parameter.whole.requires_grad != parameter.sharded.requires_grad:
                 parameter.whole.requires_grad_(parameter.sharded.requires_grad)
 
+    def part_versions(self) -> None:
+        """See `ShardedParameter.part_versions`; for all, after a reduction."""
+        for parameter in self.parameters:
+            parameter.part_versions()
+
     def start_reduction(self, wanted: Sequence[ShardedParameter]) -> Callable[[], None]:
         """Begin to reduce the gradients of `wanted`, some of `parameters`, which have one on every rank.
 
         Returns:
             What waits for the end.
         """
+        before = [(parameter, parameter.versions) for parameter in wanted]
+        for parameter in wanted:
+            parameter.prepare_reduction()
         chosen = {id(parameter) for parameter in wanted}
         hidden = [p.take_local_gradient() for p in self.parameters if id(p) not in chosen]
         group = self._inner
@@ -250,6 +272,9 @@ class LayerGroup:
             group.finalize_backward()
             for put_back in hidden:
                 put_back()
+            self.part_versions()
+            for parameter, versions in before:
+                parameter.note_reduction(versions)
 
         return finish
 

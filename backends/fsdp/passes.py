@@ -21,10 +21,13 @@ class Passes:
     Args:
         groups: of the module.
         reduced_in_backward: whether FSDP2 reduces in every backward, which then cannot be differentiated.
+
+    Attributes:
+        groups: the same.
     """
 
     def __init__(self, groups: Sequence[LayerGroup], reduced_in_backward: bool) -> None:
-        self._groups, self._reduced = groups, reduced_in_backward
+        self.groups, self._reduced = groups, reduced_in_backward
         self._held: list[LayerGroup] = []
         for group in groups:
             if reduced_in_backward:
@@ -48,8 +51,8 @@ class Passes:
         Raises:
             ProtocolError: where gradients are reduced in the backward, which all ranks have to run alike.
         """
-        owners = [*self._groups, *(group for group in self._groups for _ in group.parameters)]
-        agreed = agree([int(fact) for found in reached(loss, self._groups) for fact in (found, not found)])
+        owners = [*self.groups, *(group for group in self.groups for _ in group.parameters)]
+        agreed = agree([int(fact) for found in reached(loss, self.groups) for fact in (found, not found)])
         apart = dict.fromkeys(group for i, group in enumerate(owners) if agreed[2 * i] and agreed[2 * i + 1])
         if apart and self._reduced:
             raise ProtocolError(
@@ -65,7 +68,7 @@ class Passes:
     @contextmanager
     def backward(self, create_graph: bool, retain_graph: bool) -> Iterator[None]:
         """Return the context of one backward."""
-        groups = [] if self._reduced else self._groups
+        groups = [] if self._reduced else self.groups
         for group in groups:
             group.keep_local(free_in_backward=not (create_graph or group.gathered))
         try:
@@ -90,5 +93,5 @@ class Passes:
     def release(self) -> None:
         """Free all."""
         self.let_go()
-        for group in self._groups:
+        for group in self.groups:
             group.release()

@@ -3,8 +3,11 @@
 import copy
 
 import torch
-from recipes import Average, Frozen, Muon, Recipe, Uneven, Verbs, batches, mlp, quiet, sgd
+from recipes import WIDTH, Average, Frozen, Muon, Recipe, Uneven, Verbs, batches, mlp, quiet, sgd
+from torch import nn
 from torch.nn.functional import mse_loss
+
+from xtrain import LightningModule
 
 
 def fit_twice(world_size, rank):
@@ -47,12 +50,51 @@ class Counted(Recipe):
             opt.step()
 
 
-def count_reductions(options, world_size, rank):
+def count_reductions(make, options, world_size, rank):
     """Return how many reductions into shards four training steps of four backwards each make."""
-    module = Counted()
+    module = make()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         quiet("fsdp", options).fit(module, batches(module.steps, rank, world_size))
     return sum(event.name == "c10d::_reduce_scatter_base_" for event in profile.events())
+
+
+class MuonAndAdamW(LightningModule):
+    """One loss by automatic optimization: a matrix by Muon, the bias of the same layer by AdamW, one clip for both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = mlp(5, WIDTH)
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.net.parameters() if p.dim() == 2]
+        rest = [p for p in self.net.parameters() if p.dim() != 2]
+        return torch.optim.Muon(matrices, lr=0.05), torch.optim.AdamW(rest, lr=0.05, eps=1e-3)
+
+    def training_step(self, batch, batch_idx):
+        noise, data = batch
+        return 50 * mse_loss(self.net(noise), data)
+
+
+def share_one_loss(options, flags, world_size, rank):
+    """Return the parameters after automatic optimization by two optimizers in one layer."""
+    module = MuonAndAdamW()
+    quiet("fsdp", options, gradient_clip_val=0.5, **flags).fit(module, batches(4, rank, world_size))
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def share_one_loss_by_hand(accumulate):
+    """Return the parameters of the plain loop on whole batches."""
+    module = MuonAndAdamW()
+    opts = module.configure_optimizers()
+    for index, batch in enumerate(batches(4)):
+        (module.training_step(batch, index) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+    return module.state_dict()
 
 
 class Saving(Muon):

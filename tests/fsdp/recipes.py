@@ -182,6 +182,26 @@ class Muon(Recipe):
             opts[1].zero_grad()
 
 
+class Halves(Recipe):
+    """Two optimizers in each layer, which share backwards; each is clipped, and one steps before the other's clip."""
+
+    def make(self):
+        self.a = mlp(5, WIDTH)
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.a.parameters() if p.dim() == 2]
+        return sgd(matrices), sgd([p for p in self.a.parameters() if p.dim() != 2])
+
+    def train_on(self, do, opts, noise, data, index):
+        for opt in opts:
+            opt.zero_grad()
+        for part, target in zip(noise.chunk(4), data.chunk(4), strict=True):
+            do.accumulate(mse_loss(self.a(part), target) / 4)
+        for opt in opts:
+            do.clip(opt, 0.2)
+            opt.step()
+
+
 class Tied(Recipe):
     """A matrix twice in one network, a layer in two networks, a scalar and a free parameter on the module."""
 
@@ -315,4 +335,4 @@ class Uneven(Recipe):
         return True
 
 
-RECIPES = {cls.__name__: cls for cls in (Wgan, Frozen, Muon, Tied, Average, Lbfgs)}
+RECIPES = {cls.__name__: cls for cls in (Wgan, Frozen, Muon, Halves, Tied, Average, Lbfgs)}

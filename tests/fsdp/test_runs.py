@@ -5,7 +5,7 @@ from functools import partial
 import jobs
 import pytest
 import torch
-from recipes import RECIPES, Methods, Muon, Wgan, by_hand, by_xtrain
+from recipes import RECIPES, Halves, Methods, Muon, Wgan, by_hand, by_xtrain
 from test_recipes import same_as_by_hand
 
 from xtrain import ConfigurationError, ProtocolError
@@ -39,10 +39,29 @@ def test_a_run_leaves_a_plain_module_which_runs_again(pair):
     assert all(torch.isfinite(value).all() for value in parameters.values())
 
 
-@pytest.mark.parametrize(("shard", "groups"), [("layers", 6), ("children", 2)])
-def test_one_reduction_per_group_and_step(pair, shard, groups):
-    counts = pair.run(partial(jobs.count_reductions, {"shard": shard}), 60.0)
+@pytest.mark.parametrize(
+    ("make", "shard", "groups"),
+    [(jobs.Counted, "layers", 6), (jobs.Counted, "children", 2), (Halves, "layers", 3), (Halves, "children", 1)],
+)
+def test_one_reduction_per_group_and_step(pair, make, shard, groups):
+    counts = pair.run(partial(jobs.count_reductions, make, {"shard": shard}), 60.0)
     assert counts == [groups * 4] * 2
+
+
+@pytest.mark.parametrize("reduce", ["finalize", "backward"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_muon_and_adamw_in_one_layer_share_one_loss_and_one_clip(pair, reduce, accumulate):
+    flags = {"accumulate_grad_batches": accumulate}
+    received = pair.run(partial(jobs.share_one_loss, {"reduce": reduce}, flags), 60.0)
+    close(received[0], jobs.share_one_loss_by_hand(accumulate))
+
+
+@pytest.mark.parametrize("reduce", ["finalize", "backward"])
+def test_a_loss_scale_is_taken_off_each_of_two_optimizers_in_one_layer(pair, reduce):
+    flags = {"precision": "16-mixed", "scaler_kwargs": {"init_scale": 1024.0}}
+    received = pair.run(partial(jobs.share_one_loss, {"reduce": reduce}, flags), 60.0)
+    for name, value in jobs.share_one_loss_by_hand(1).items():
+        torch.testing.assert_close(received[0][name], value, atol=2e-2, rtol=2e-2)
 
 
 def test_saved_on_two_ranks_continues_on_one_and_on_four(pair, four):
@@ -87,7 +106,7 @@ def test_a_gradient_of_a_gradient_is_refused_where_each_backward_reduces(pair):
 @pytest.mark.parametrize(("reduce", "count"), [("finalize", 2 * 4), ("backward", 2 * 4 * 4)])
 def test_reductions_by_mode(pair, reduce, count):
     options = {"reduce": reduce, "shard": "children"}
-    assert pair.run(partial(jobs.count_reductions, options), 60.0) == [count] * 2
+    assert pair.run(partial(jobs.count_reductions, jobs.Counted, options), 60.0) == [count] * 2
 
 
 def test_another_method_is_told_with_the_line_that_registers_it(pair):
