@@ -153,6 +153,16 @@ LEGS = {
     "deepspeed-stages-1p-2p": Leg("full", tests=("tests/zero/test_*.py",), variables=_DEEPSPEED, usual=3),
     # The device backend of the page "Writing a backend".
     "eager-base": Leg("light", tests=("tests/backends/test_eager_base.py",)),
+    # Two precisions stand for all here: in one nothing is cast, in the other a loss is scaled, too.
+    **{
+        f"fsdp-backward-{precision}-1p-2p": Leg(
+            "light", tests=("tests/backends/test_fsdp_backward*.py",), arguments=(f"--precision={precision}",)
+        )
+        for precision in ("32-true", "16-mixed")
+    },
+    "fsdp-oldest-torch": Leg(
+        "full", tests=("tests/backends/test_fsdp_two_processes.py",), arguments=("--precision=32-true",)
+    ),
     # Recipes of several optimizers in shards on two and four processes, both modes.
     "fsdp-recipes-2p-4p": Leg("light", tests=("tests/fsdp/test_*.py",)),
     # A training that moves between backends, numbers of processes and precisions; kills and signals.

@@ -44,6 +44,7 @@ class Experiment:
         trainer: further arguments of the Trainer.
         refused: returns the id of the rule that refuses the experiment on a backend, or None.
         scaling: only makes sense under a loss scale.
+        second_order: differentiates a gradient.
         loader: False trains without any data, for ``max_steps`` or else ``fit(steps=...)``.
         validation: number of validation batches, 0 for none.
     """
@@ -56,6 +57,7 @@ class Experiment:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     refused: Refusal = refuses_nothing
     scaling: bool = False
+    second_order: bool = False
     loader: bool = True
     validation: int = 0
 

@@ -69,6 +69,7 @@ class BackendConformance:
         provocations: a run for each rule that only this backend has, by rule id.
         early_gradients: whether ``.grad`` has a backward's gradients before they are finalized, so that an edit of
             them can be noticed.
+        second_order: whether a gradient may be differentiated (``create_graph=True``); else that raises.
         direct_calls: whether ``loss.backward()`` and the user's own optimizer may be used where no loss is scaled.
         sequence_examples: how many random programs to run per precision.
     """
@@ -83,6 +84,7 @@ class BackendConformance:
     provocations: ClassVar[Mapping[str, Provocation]] = {}
     direct_calls: ClassVar[bool] = True
     early_gradients: ClassVar[bool] = True
+    second_order: ClassVar[bool] = True
     sequence_examples: ClassVar[int] = 60
 
     def launch(self, job: Job) -> list[Any]:
@@ -122,6 +124,10 @@ class BackendConformance:
             with pytest.raises(UnsupportedCombinationError) as refusal:
                 self.launch(job)
             assert f"[{rule}]" in str(refusal.value)
+            return
+        if experiment.second_order and not self.second_order:
+            with pytest.raises(ProtocolError, match="create_graph=True"):
+                self.launch(job)
             return
         row = f"{precision}-{experiment}"
         outcomes = self.launch(job)

@@ -171,6 +171,6 @@ EXPERIMENTS = (
     Experiment("gradient-argument", GradientArgument, gradient_argument),
     Experiment("inputs-argument", InputsArgument, inputs_argument),
     Experiment("sum-of-losses", SumOfLosses, sum_of_losses),
-    Experiment("gradient-penalty", GradientPenalty, gradient_penalty),
+    Experiment("gradient-penalty", GradientPenalty, gradient_penalty, second_order=True),
     Experiment("no-grad-first", NoGradFirst, no_grad_first),
 )
