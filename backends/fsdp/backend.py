@@ -85,12 +85,13 @@ class FSDP(EagerBackend):
         check_choice("reduce", reduce, ("finalize", "backward"))
         check_choice("offload", offload, (None, "cpu"))
         check_choice("device", device, (None, "cpu", "cuda"))
-        agreed = agreed_options({"shard": shard, "offload": offload, "device": device}, os.environ)
+        asked = {"shard": shard, "offload": offload, "device": device, "replicate": replicate}
+        agreed = agreed_options(asked, os.environ)
         self.offload, self._wanted_device = agreed["offload"], agreed["device"]
         self.shard: Policy = agreed["shard"] or "layers"
         check_policy(self.shard)
         self.reduce, self.methods = reduce, tuple(methods)
-        self.axes, self.mixed = read_mesh(mesh, replicate), read_mixed(mixed)
+        self.axes, self.mixed = read_mesh(mesh, agreed["replicate"]), read_mixed(mixed)
         self._sharded: ShardedModule | None = None
         self._names: dict[nn.Module, str] = {}
         self._passes = Passes((), reduced_in_backward=False)

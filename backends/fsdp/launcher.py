@@ -1,4 +1,7 @@
-"""What ``accelerate launch --use_fsdp`` asks for, read from the environment it sets (version 2 of its settings)."""
+"""What ``accelerate launch --use_fsdp`` asks for, read from the environment it sets.
+
+Settings of version 2 are followed. Those of version 1, accelerate's default, mean the same where they shard fully.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ _REFUSED = {
     "FSDP_IGNORED_MODULES": "FSDP(shard=lambda name, module: ...) for what is sharded",
 }
 
+_FULLY = ("", "1", "full_shard")  # of the sharding strategies of version 1
+_PARALLEL = "PARALLELISM_CONFIG_"
+
 
 def agreed_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """Return options of the backend on which script and launcher agree.
@@ -34,10 +40,7 @@ def agreed_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict
         value = environ.get(variable, "")
         if value.strip().lower() not in ("", "false", "none", "0"):
             raise ConfigurationError(explain(f"no {variable}", f"{variable}={value}", instead))
-    if environ.get("FSDP_RESHARD_AFTER_FORWARD", "").strip().lower() in ("false", "0", "no"):
-        received = "FSDP_RESHARD_AFTER_FORWARD=false: what stays gathered would miss toggles"
-        fix = "fsdp_reshard_after_forward: true"
-        raise ConfigurationError(explain("layers that are freed after forward", received, fix))
+    _check_strategy(environ)
     wanted: dict[str, tuple[Any, str]] = {}
     if _true(environ, "FSDP_OFFLOAD_PARAMS"):
         wanted["offload"] = ("cpu", "FSDP_OFFLOAD_PARAMS=true")
@@ -46,6 +49,9 @@ def agreed_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict
     wrapped = environ.get("FSDP_AUTO_WRAP_POLICY", "").upper()
     if wrapped:
         wanted["shard"] = (_policy(wrapped, environ), f"FSDP_AUTO_WRAP_POLICY={wrapped}")
+    copies = _parallel_size(environ, "DP_REPLICATE")
+    if copies > 1:
+        wanted["replicate"] = (copies, f"{_PARALLEL}DP_REPLICATE_SIZE={copies}")
     options = dict(given)
     for name, (value, source) in wanted.items():
         if options[name] not in (None, value):
@@ -54,6 +60,29 @@ def agreed_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict
             raise ConfigurationError(explain(f"script and launcher to agree on {name}", received, fix))
         options[name] = value
     return options
+
+
+def _check_strategy(environ: Mapping[str, str]) -> None:
+    """Refuse what is sharded less than fully, and what is split along other axes than the batch."""
+    reshard = environ.get("FSDP_RESHARD_AFTER_FORWARD", "").strip().lower()
+    if reshard in ("false", "0", "no", "shard_grad_op", "no_reshard", "no_shard"):
+        received = f"FSDP_RESHARD_AFTER_FORWARD={reshard}: what stays gathered would miss toggles"
+        fix = "fsdp_reshard_after_forward: true"
+        raise ConfigurationError(explain("layers that are freed after forward", received, fix))
+    strategy = environ.get("FSDP_SHARDING_STRATEGY", "").strip().lower()
+    if environ.get("FSDP_VERSION", "1") == "1" and strategy not in _FULLY:
+        received = f"FSDP_SHARDING_STRATEGY={strategy.upper()}"
+        fix = "fsdp_version: 2, and FSDP(mesh={'data': n}) for copies, FSDP(replicate=n) for hybrid sharding"
+        raise ConfigurationError(explain("a sharding strategy that shards fully", received, fix))
+    for axis in ("TP", "CP", "SP"):
+        if _parallel_size(environ, axis) > 1:
+            received = f"{_PARALLEL}{axis}_SIZE={_parallel_size(environ, axis)}"
+            raise ConfigurationError(explain("a mesh of data and fsdp", received, "FSDP(mesh={'data': 2, 'fsdp': 4})"))
+
+
+def _parallel_size(environ: Mapping[str, str], axis: str) -> int:
+    asked = _true(environ, "ACCELERATE_USE_PARALLELISM_CONFIG")
+    return int(environ.get(f"{_PARALLEL}{axis}_SIZE", "") or 1) if asked else 1
 
 
 def _true(environ: Mapping[str, str], name: str) -> bool:

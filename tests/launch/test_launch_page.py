@@ -18,6 +18,7 @@ EXPECTED = {
     "torchrun": ({}, "cpu", "processes=2 (torchrun, WORLD_SIZE=2)"),
     "accelerate, several GPUs": ({"ACCELERATE_USE_CPU": "true"}, "cpu", "processes=2 (accelerate, WORLD_SIZE=2)"),
     "accelerate, DeepSpeed": ({"DS_ACCELERATOR": "cpu"}, "deepspeed", "processes=2 (accelerate, WORLD_SIZE=2)"),
+    "accelerate, FSDP": ({}, "fsdp", "processes=2 (accelerate, WORLD_SIZE=2)"),
     "accelerate, TPU": ({"PJRT_DEVICE": "CPU"}, "tpu", "processes=1"),
 }
 
