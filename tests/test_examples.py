@@ -25,6 +25,12 @@ def gan():
     return gan
 
 
+@pytest.fixture(scope="module")
+def common(gan):
+    """The module beside it, which it has imported."""
+    return sys.modules["common"]
+
+
 def run_main(gan, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["gan.py", *map(str, arguments)])
     gan.main()
@@ -37,6 +43,7 @@ def figures(output: str, row: str) -> list[float]:
 
 
 def test_it_learns_and_shows_it(gan, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run_main(gan, monkeypatch, "--epochs", 14, "--out", tmp_path / "new" / "folder")
     output = capsys.readouterr()
     before, after, real = figures(output.out, "recognised as their class")
@@ -45,12 +52,14 @@ def test_it_learns_and_shows_it(gan, monkeypatch, tmp_path, capsys):
     assert real > 94
     before, after, real = figures(output.out, "Fréchet distance")
     assert before > 4 * after > 4 * real
-    assert "Epoch 14/14: 100%" in output.err
-    assert "loss_g=" in output.err
+    assert "better than real ones" in output.out
+    assert re.search(r"Epoch 9/14 \(0:0\d:\d\d left in all\): +\d+%.*loss_g=", output.err)
+    assert output.err.count("\n") < 14  # one bar, drawn over
 
     grid = plt.imread(tmp_path / "new" / "folder" / "digits.png")
     assert grid.shape[:2] == (600, 600)
     assert grid[..., 0].std() > 0.2  # ink on paper
+    assert plt.imread(tmp_path / "new" / "folder" / "rows.png").shape[0] > 150
     assert plt.imread(tmp_path / "new" / "folder" / "losses.png").shape[0] > 300
 
 
@@ -69,9 +78,9 @@ def test_the_seed_decides(gan, monkeypatch, tmp_path, capsys):
     assert (a != c).any()
 
 
-def test_the_judge_knows_digits(gan):
-    train, held_out = gan.load_split()
-    judge = gan.Judge(train)
+def test_the_judge_knows_digits(common):
+    train, held_out = common.load_split()
+    judge = common.Judge(train)
     images, labels = held_out.tensors
     assert len(images) == 360
     assert len(train.tensors[0]) == 1437
@@ -80,10 +89,10 @@ def test_the_judge_knows_digits(gan):
     assert judge.distance(images, -images) > 100
 
 
-def test_digits_are_drawn_in_columns_of_their_class(gan, tmp_path):
+def test_digits_are_drawn_in_columns_of_their_class(common, tmp_path):
     images = torch.full((100, 1, 8, 8), -1.0)
     images[3::10] = 1.0  # every sample of class 3 is black
-    gan.draw_digits(images, tmp_path / "grid.png")
+    common.draw_images(images, tmp_path / "grid.png")
     dark = plt.imread(tmp_path / "grid.png")[..., 0] < 0.5
     assert dark[:, 180:240].mean() == pytest.approx(0.64)
     assert dark.mean() == pytest.approx(0.064)
@@ -106,7 +115,7 @@ def test_bad_flags_are_told(gan, monkeypatch, tmp_path, capsys, flag, value, err
     assert not (tmp_path / "none").exists()
 
 
-def test_options_of_the_backend_are_read_as_json(gan):
-    assert gan.read_option("pin_memory=false") == ("pin_memory", False)
-    assert gan.read_option("stage=2") == ("stage", 2)
-    assert gan.read_option("config=zero.json") == ("config", "zero.json")
+def test_options_of_the_backend_are_read_as_json(common):
+    assert common.read_option("pin_memory=false") == ("pin_memory", False)
+    assert common.read_option("stage=2") == ("stage", 2)
+    assert common.read_option("config=zero.json") == ("config", "zero.json")
