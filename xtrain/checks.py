@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -88,3 +88,32 @@ def check_options(flag: str, value: Any) -> Any:
     if value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
         return value
     raise ConfigurationError(explain(f"{flag} as a dict of options by name", repr(value), f"Trainer({flag}={{...}})"))
+
+
+_SCALER_OPTIONS: dict[str, tuple[float, str, Callable[[float], bool]]] = {
+    "init_scale": (2.0**16, "finite and above 0", lambda value: 0.0 < value < math.inf),
+    "growth_factor": (2.0, "above 1", lambda value: 1.0 < value < math.inf),
+    "backoff_factor": (0.5, "between 0 and 1", lambda value: 0.0 < value < 1.0),
+    "growth_interval": (2000, "as an int of at least 1", lambda value: isinstance(value, int) and value >= 1),
+}
+
+
+def check_scaler_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `xtrain.scaler.LossScaler`, with the defaults of those that are not among `options`.
+
+    Raises:
+        ConfigurationError: for an unknown option or a value that means nothing.
+    """
+    values = {name: default for name, (default, _, _) in _SCALER_OPTIONS.items()} | dict(options)
+    unknown = sorted(options.keys() - _SCALER_OPTIONS.keys())
+    if unknown:
+        raise _wrong_scaler_options(f"scaler_kwargs out of {', '.join(_SCALER_OPTIONS)}", ", ".join(unknown))
+    for name, (_, expected, holds) in _SCALER_OPTIONS.items():
+        if isinstance(values[name], bool) or not isinstance(values[name], int | float) or not holds(values[name]):
+            raise _wrong_scaler_options(f"{name} {expected}", f"{name}={values[name]!r}")
+    return values
+
+
+def _wrong_scaler_options(expected: str, received: str) -> ConfigurationError:
+    fix = "Trainer(scaler_kwargs={'init_scale': 2.0**16, 'growth_interval': 2000})"
+    return ConfigurationError(explain(expected, received, fix))

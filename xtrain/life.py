@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -51,9 +50,8 @@ class GradientLife:
         self._nonfinite_loss = nonfinite_loss
         self._warned: set[str] = set()
 
-    @contextmanager
-    def backward(self, loss: Tensor, has_gradient_argument: bool = False) -> Iterator[None]:
-        """Return the context of one backward: checks before, bookkeeping and hooks around it.
+    def backward(self, loss: Tensor, has_gradient_argument: bool = False) -> Backward:
+        """Begin one backward, and return the context that it runs in: checks and hooks before, bookkeeping after it.
 
         Args:
             loss: what the backward starts from.
@@ -62,34 +60,14 @@ class GradientLife:
         Raises:
             ConfigurationError: if `loss` is no scalar tensor or has no graph.
             NonFiniteLossError: if it is NaN or infinite and the run is to stop there.
-            ProtocolError: if the backward reached finalized gradients that the backend cannot add to, or
-                parameters that were stepped after its forward.
+            ProtocolError: at the end of the context, if the backward reached finalized gradients that the backend
+                cannot add to, or parameters that were stepped after its forward.
         """
         self._check_loss(loss, has_gradient_argument)
         for hook in self.hooks["on_before_backward"]:
             hook(loss)
-        finalized = [o for o in self.optimizers if o.phase is Phase.FINALIZED] if self.lost is not None else []
-        versions = [self.backend.gradient_versions(optimizer) for optimizer in finalized]
         self.in_backward = self.override is None
-        try:
-            yield
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error) and self.stepped:
-                raise ProtocolError(explain(STEPPED_BETWEEN[0], f"{error}", STEPPED_BETWEEN[1])) from error
-            raise
-        finally:
-            self.in_backward = False
-        for optimizer, before in zip(finalized, versions, strict=True):
-            if self.backend.gradient_versions(optimizer) != before:
-                if not self.backend.capabilities.editable_gradients:
-                    raise ProtocolError(BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
-                optimizer.phase = Phase.ACCUMULATED  # an average of averaged plus local gradients is right
-        for optimizer in self.toggles.active[-1:] or self.optimizers:
-            if optimizer.phase is not Phase.FINALIZED:
-                optimizer.phase = Phase.ACCUMULATED
-                optimizer.seen = None if self.lost is None else Seen(self.backend, optimizer)
-        for hook in self.hooks["on_after_backward"]:
-            hook()
+        return Backward(self)
 
     def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the backend's backward, for a module that overrides its own."""
@@ -107,15 +85,15 @@ class GradientLife:
     def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:
         if not isinstance(loss, Tensor):
             raise ConfigurationError(LOSS.format(f"{type(loss).__name__} {loss!r:.60}"))
-        if loss.numel() != 1 and not has_gradient_argument:
+        if not (is_single := loss.numel() == 1) and not has_gradient_argument:
             raise ConfigurationError(LOSS.format(f"shape {tuple(loss.shape)}"))
         if not loss.requires_grad:
             raise ConfigurationError(LOSS.format("a loss without a graph (made under no_grad, detached, or frozen)"))
-        if self._nonfinite_loss != "ignore" and loss.numel() == 1:
+        if is_single and self._nonfinite_loss != "ignore":
             if self._asynchronous:
                 self.last_loss = loss.detach()
-            elif not math.isfinite(value := loss.item()):
-                self.check_finite(value)
+            else:
+                self.check_finite(loss.item())
 
     def guard(self) -> list[Any]:
         """Refuse raw steps and direct backwards where the backend would lose something by them.
@@ -157,3 +135,32 @@ class GradientLife:
                 return candidate
         expected, received = "an optimizer returned by configure_optimizers", type(optimizer).__name__
         raise ConfigurationError(explain(expected, received, "opt = self.optimizers()"))
+
+
+class Backward:
+    """The context of one backward; at its end the optimizers that it made gradients for know of them."""
+
+    def __init__(self, life: GradientLife) -> None:
+        self._life = life
+        finalized = [] if life.lost is None else [o for o in life.optimizers if o.phase is Phase.FINALIZED]
+        self._finalized = [(optimizer, life.backend.gradient_versions(optimizer)) for optimizer in finalized]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        life, self._life.in_backward = self._life, False
+        if kind is not None:
+            if isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error) and life.stepped:
+                raise ProtocolError(explain(STEPPED_BETWEEN[0], f"{error}", STEPPED_BETWEEN[1])) from error
+            return
+        for optimizer, before in self._finalized:
+            if life.backend.gradient_versions(optimizer) != before:
+                if not life.backend.capabilities.editable_gradients:
+                    raise ProtocolError(BACKWARD_AFTER_CLIP.format(optimizer=optimizer))
+                optimizer.phase = Phase.ACCUMULATED  # an average of averaged plus local gradients is right
+        for optimizer in life.toggles.active[-1:] or life.optimizers:
+            if optimizer.phase is not Phase.FINALIZED:
+                optimizer.phase = Phase.ACCUMULATED
+                optimizer.seen = None if life.lost is None else Seen(life.backend, optimizer)
+        for hook in life.hooks["on_after_backward"]:
+            hook()

@@ -178,7 +178,8 @@ class LightningOptimizer:
         if not self._finalize():
             self._step_on_nothing()
             return False
-        self._before_step()
+        for hook in self._life.hooks["on_before_optimizer_step"]:
+            hook(self.optimizer)
         self._stepping = True
         try:
             _, applied = self._backend.step(self, **kwargs)
@@ -186,10 +187,6 @@ class LightningOptimizer:
             self._stepping = False
         self._record(applied)
         return applied
-
-    def _before_step(self) -> None:
-        for hook in self._life.hooks["on_before_optimizer_step"]:
-            hook(self.optimizer)
 
     def _step_with(self, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
         if not callable(closure):
@@ -204,7 +201,8 @@ class LightningOptimizer:
                 loss = closure()
             if self._finalize():
                 reached = True
-                self._before_step()
+                for hook in self._life.hooks["on_before_optimizer_step"]:
+                    hook(self.optimizer)
             return loss
 
         try:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from xtrain.checks import check_scaler_options
 from xtrain.contract import OptimizerHandle
 from xtrain.errors import ConfigurationError, explain
 
@@ -44,15 +45,7 @@ class LossScaler:
         versions_of: Callable[[OptimizerHandle], list[Any]] | None = None,
         **options: Any,
     ) -> None:
-        values = {"init_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
-        unknown = sorted(options.keys() - values.keys())
-        if unknown:
-            raise _wrong_options("scaler_kwargs out of init_scale, growth_factor, backoff_factor, growth_interval",
-                                 ", ".join(unknown))  # fmt: skip
-        values |= options
-        for name, (expected, holds) in _OPTIONS.items():
-            if isinstance(values[name], bool) or not isinstance(values[name], int | float) or not holds(values[name]):
-                raise _wrong_options(f"{name} {expected}", f"{name}={values[name]!r}")
+        values = check_scaler_options(options)
         self._growth, self._backoff = float(values["growth_factor"]), float(values["backoff_factor"])
         self._interval = int(values["growth_interval"])
         self._scale = torch.tensor(float(values["init_scale"]), device=device_type)
@@ -170,19 +163,6 @@ class LossScaler:
             raise ConfigurationError(explain("a loss scale that is finite and positive", scale))
         self._good_steps = int(state_dict["good_steps"])
         self._set_scale(scale)
-
-
-_OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "init_scale": ("finite and above 0", lambda value: 0.0 < value < math.inf),
-    "growth_factor": ("above 1", lambda value: 1.0 < value < math.inf),
-    "backoff_factor": ("between 0 and 1", lambda value: 0.0 < value < 1.0),
-    "growth_interval": ("as an int of at least 1", lambda value: isinstance(value, int) and value >= 1),
-}
-
-
-def _wrong_options(expected: str, received: str) -> ConfigurationError:
-    fix = "Trainer(scaler_kwargs={'init_scale': 2.0**16, 'growth_interval': 2000})"
-    return ConfigurationError(explain(expected, received, fix))
 
 
 def _by_kind(parameters: Iterable[Any]) -> Iterable[list[Tensor]]:

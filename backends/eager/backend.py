@@ -21,10 +21,11 @@ from xtrain.scaler import LossScaler
 from xtrain.tensors import move_module
 
 from .averaging import agree, average, state_of
-from .gradients import clip, drop_gradients
+from .gradients import backward_of, clip_norm, clip_value, drop_gradients
 from .process_group import join_processes, random_stream
 from .replicas import CommonBuffers, check_module, check_optimizers, check_replicas
 from .scaling import ScalingBackend
+from .stepping import step_of
 
 
 class EagerBackend(ScalingBackend):
@@ -72,7 +73,7 @@ class EagerBackend(ScalingBackend):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.precision.name == "32-true":  # the common case costs nothing
-            loss.backward(*args, **kwargs)
+            backward_of(loss, *args, **kwargs)()
             return
         restored = [] if self.scaler is None else self.scaler.restore(self._optimizers)
         with self.precision.backward_context(self.device.type):
@@ -105,7 +106,7 @@ class EagerBackend(ScalingBackend):
         scaler.unscale(optimizer)
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
-        return clip(optimizer.parameters, value, algorithm)
+        return (clip_norm if algorithm == "norm" else clip_value)(optimizer.parameters, value)
 
     def step(
         self, optimizer: OptimizerHandle, closure: Callable[[], Any] | None = None, **kwargs: Any
@@ -115,9 +116,9 @@ class EagerBackend(ScalingBackend):
         if closure is not None and self._replicated and reevaluates_closure(optimizer.optimizer):
             closure = self._averaged(closure)
         if self.precision.name == "32-true":  # as in backward
-            return optimizer.optimizer.step(closure, **kwargs), True
+            return step_of(optimizer.optimizer)(closure, **kwargs), True
         with self.precision.suspended(self.device.type):
-            return optimizer.optimizer.step(closure, **kwargs), True
+            return step_of(optimizer.optimizer)(closure, **kwargs), True
 
     def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return `closure` with the mean of its loss: a line search must decide the same on every rank."""

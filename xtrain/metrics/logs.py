@@ -98,7 +98,7 @@ class Logs:
         Example:
             >>> self.log_dict({"loss_g": torch.tensor(0.7), "loss_d": torch.tensor(1.4)}, prog_bar=True)
         """
-        if not (_harmless(unknown) and hasattr(dictionary, "items")):
+        if (unknown and not _harmless(unknown)) or not hasattr(dictionary, "items"):
             refuse_call(dictionary, unknown)
         settings = Settings(
             prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, add_dataloader_idx, rank_zero_only
