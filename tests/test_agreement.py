@@ -24,7 +24,7 @@ def processes():
 @pytest.fixture
 def pair(processes):
     """Two processes; new ones after a test that left their calls out of step."""
-    ends = processes[-1].run(partial(jobs.apart, None, {"max_epochs": 1}), WAIT)
+    ends = processes[-1].run(partial(jobs.apart, None, {"max_epochs": 1}))  # new ones take long to start
     if any(isinstance(end, str) for end in ends):
         processes.append(Ranks(2))
     return processes[-1]

@@ -91,6 +91,34 @@ def test_empty_loader(empty):
     assert module.seen == [0, 1, 2, 3]
 
 
+class Miscounted:
+    """A loader whose length is an error."""
+
+    def __iter__(self):
+        return iter(loader())
+
+    def __len__(self):
+        raise RuntimeError("the index is not built")
+
+
+@pytest.mark.parametrize("name", ["training", "validation", "predict"])
+def test_a_length_that_is_an_error_names_the_loader(name):
+    run = {"training": "fit", "validation": "validate", "predict": "predict"}[name]
+    with pytest.raises(ConfigurationError) as caught:
+        getattr(trainer(), run)(Small(), Miscounted())
+    says(caught.value, f"the {name} loader (Miscounted)", "RuntimeError: the index is not built", "def __len__(self)")
+
+
+def test_an_optimizer_without_parameters_is_told():
+    class Filtered(Small):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for n, p in self.named_parameters() if n.startswith("encoder.")], lr=0.1)
+
+    with pytest.raises(ConfigurationError) as caught:
+        trained(module=Filtered())
+    says(caught.value, "parameters for every optimizer", "none", "self.net.parameters()")
+
+
 def test_generator_that_is_used_up_in_the_second_epoch():
     module = Small()
     with pytest.raises(ConfigurationError) as caught:

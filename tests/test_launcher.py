@@ -45,7 +45,17 @@ ROWS = {
     ),
     "slurm with ranks": ({**PLAIN, **SRUN, "SLURM_NTASKS": "2"}, (), {"launcher": "slurm", "rank": 1}),
     "mpi": ({**PLAIN, "OMPI_COMM_WORLD_SIZE": "2"}, (), {"launcher": "mpi"}),
-    "a shell of salloc": ({**SRUN, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, (), {"warnings": ()}),
+    "a shell of salloc": (
+        {**SRUN, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": str(2**32 - 6)},
+        (),
+        {"launcher": "python", "warnings": ()},
+    ),
+    "srun of a shell that starts python": (
+        {**STEP, "SLURM_JOB_NAME": "bash"},
+        (),
+        {"launcher": "slurm", "world_size": 4},
+    ),
+    "srun typed into salloc": ({**STEP, "SLURM_JOB_NAME": "interactive"}, (), {"launcher": "slurm", "world_size": 4}),
     "by hand": ({k: PLAIN[k] for k in ("RANK", "WORLD_SIZE", *MASTER)}, (), {"launcher": "environment", "rank": 1}),
     "srun": (
         {**STEP, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "2(x2)"},
@@ -85,6 +95,12 @@ def test_launchers(row):
     environ, parent, expected = ROWS[row]
     launch = detect_launcher(environ, parent)
     assert {name: getattr(launch, name) for name in expected} == expected
+
+
+def test_a_shell_of_slurm_in_a_terminal_trains_alone():
+    shell = {**STEP, "SLURM_JOB_NAME": "bash"}
+    assert detect_launcher(shell, terminal=True).world_size == 1
+    assert detect_launcher({**shell, "SLURM_JOB_NAME": "python"}, terminal=True).world_size == 4
 
 
 @pytest.mark.parametrize(

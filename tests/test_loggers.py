@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import says
+from small import Small, loader, says, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xtrain import LightningModule, Trainer
@@ -425,7 +425,7 @@ def test_a_training_that_fails_has_written_what_it_logged(tmp_path):
     logger = CSVLogger(tmp_path)
     with pytest.raises(ZeroDivisionError):
         trainer_with(logger).fit(Counting(fail_at=4), [torch.ones(2)] * 6)
-    assert [row["count_step"] for row in table(logger)] == ["2.0"]
+    assert [row["count_step"] for row in table(logger)] == ["2.0", "3.0"], "the log point, and what came after it"
 
 
 def test_log_points_do_not_start_over_with_each_epoch(tmp_path):
@@ -458,3 +458,42 @@ def test_the_axis_counts_batches_and_those_that_are_accumulated_as_one(tmp_path)
     Trainer("cpu", max_epochs=2, **options).fit(Windows(), [torch.ones(2)] * 3)
     found = [(row["step"], row["epoch"], row["loss"]) for row in table(logger)]
     assert found == [("0", "0", "1.0"), ("1", "0", "2.0"), ("2", "1", "1.0"), ("3", "1", "2.0")]
+
+
+class CutOff(Small):
+    """Logs its index in each step, and is interrupted in one of training or of validation."""
+
+    def __init__(self, at: tuple[str, int]) -> None:
+        super().__init__()
+        self.at = at
+
+    def training_step(self, batch, batch_idx):
+        self.log("trained", torch.tensor(float(batch_idx)))
+        if self.at == ("train", batch_idx):
+            raise KeyboardInterrupt
+        super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("validated", float(batch_idx), on_step=True, on_epoch=False)
+        if self.at == ("validate", batch_idx):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        (("train", 2), ["2,0,,2.0"]),
+        (("validate", 2), ["0,0,0.0,", "1,0,1.0,", "2,0,2.0,", "3,0,,3.0"]),
+    ],
+    ids=["train", "validate"],
+)
+def test_values_that_did_not_come_to_their_log_point_are_written(at, expected, tmp_path):
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(logger=logger, num_sanity_val_steps=0).fit(CutOff(at), loader(), loader())
+    header, *rows = logger.path.read_text(encoding="utf-8").splitlines()
+    assert header.startswith("step,epoch")
+    names = header.split(",")
+    order = [names.index(name) if name in names else None for name in ("step", "epoch", "validated", "trained")]
+    cells = [row.split(",") for row in rows]
+    assert [",".join("" if i is None else row[i] for i in order) for row in cells] == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,6 +71,22 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[LRSchedulerCon
                 )
             )
     return optimizers, schedulers
+
+
+def ask_for_optimizers(configure: Callable[[], Any]) -> Any:
+    """Return what ``configure_optimizers`` returns.
+
+    Raises:
+        ConfigurationError: if it makes an optimizer without parameters.
+    """
+    try:
+        return configure()
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        expected = "parameters for every optimizer that configure_optimizers makes"
+        fix = "torch.optim.Adam(self.net.parameters(), lr=1e-3), self.net made in __init__ or configure_model"
+        raise ConfigurationError(explain(expected, f"none ({error})", fix)) from error
 
 
 def names_of(returned: Any) -> list[str] | None:

@@ -234,7 +234,8 @@ class DeepSpeed(ScalingBackend):
 
     def _engine_states(self, optimizers: Sequence[OptimizerHandle]) -> dict[str, EngineState]:
         labels = named.names_of_optimizers(optimizers)
-        return {label: EngineState(self._engines[o], o, label) for label, o in zip(labels, optimizers, strict=True)}
+        pairs = zip(labels, optimizers, strict=True)
+        return {label: EngineState(self._engines[o], o, label, self.collectives) for label, o in pairs}
 
     def load_training_state(
         self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]

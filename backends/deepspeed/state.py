@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from xtrain.checkpoint.named import Saved, check_groups, keeps_gradients, load_settings
+from xtrain.collectives import Collectives
 from xtrain.contract import OptimizerHandle
 from xtrain.errors import CheckpointError, explain
 
-from ..eager.process_group import gather_objects
+from ..eager.process_group import finish
 from .engine import OptimizerEngine
 from .layout import Piece
 
@@ -26,15 +28,16 @@ class EngineState:
         engine: set up.
         handle: its optimizer.
         label: the optimizer's name.
+        collectives: of the run.
     """
 
-    def __init__(self, engine: OptimizerEngine, handle: OptimizerHandle, label: str) -> None:
-        self._engine, self._handle, self._label = engine, handle, label
+    def __init__(self, engine: OptimizerEngine, handle: OptimizerHandle, label: str, collectives: Collectives) -> None:
+        self._engine, self._handle, self._label, self._collectives = engine, handle, label, collectives
         self._raw, self._zero = handle.optimizer, engine.zero
         trained = [name for group in engine.layout for name in group.trained]
         self._parameters = dict(zip(trained, engine.parameters, strict=True))
         self._shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._rank, self._world = collectives.rank, collectives.world_size
 
     # ---------------------------------------------------------------- out
 
@@ -86,7 +89,7 @@ class EngineState:
         return state, {name: _cpu(keys[name]) for name, p in self._parameters.items() if p in masters}
 
     def _gathered(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        tables: list[list[Piece]] = gather_objects(self._pieces(), self._world)
+        tables = self._tables(self._pieces(), "read")
         members = _members(tables)
         state: dict[str, Any] = {}
         master: dict[str, Tensor] = {}
@@ -108,7 +111,7 @@ class EngineState:
         """Return the parameters' parts of a shard of all ranks, put together; empty on every rank but 0."""
         own = shard.detach().to("cpu").contiguous()
         parts = [torch.empty_like(own) for _ in range(self._world)] if self._rank == 0 else None
-        dist.gather(own, parts, 0)
+        finish(dist.gather(own, parts, 0, async_op=True), own.device, f"gather the state of {self._label!r}")
         found: dict[str, Tensor] = {}
         for part, table in zip(parts or [], tables, strict=bool(parts)):
             for piece in table:
@@ -118,6 +121,11 @@ class EngineState:
                     flat = found[piece.name]
                     flat[piece.start : piece.start + piece.count] = part[piece.at : piece.at + piece.count]
         return {name: flat.view(self._shapes[name]) for name, flat in found.items()}
+
+    def _tables(self, pieces: Sequence[Piece], verb: str) -> list[list[Piece]]:
+        """Return the pieces of each rank, which meet here to read or load what lies in them."""
+        rows = self._collectives.gather_json(list(map(astuple, pieces)), f"{verb} the state of {self._label!r}")
+        return [[Piece(*row) for row in theirs] for theirs in rows]
 
     def _pieces(self) -> list[Piece]:
         return list(self._pieces_of_stage_3() if self._engine.stage == 3 else self._pieces_of_stage_1_and_2())
@@ -175,7 +183,7 @@ class EngineState:
 
     def _load_shards(self, saved: Saved, sources: Mapping[str, Tensor]) -> None:
         pieces = self._pieces()
-        members = _members(gather_objects(pieces, self._world))
+        members = _members(self._tables(pieces, "load"))
         for number, shard in enumerate(self._engine.masters()):
             mine = [piece for piece in pieces if piece.shard == number]
             if any(p.dtype != shard.dtype for p in self._parameters.values()):

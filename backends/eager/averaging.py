@@ -14,6 +14,8 @@ from torch import distributed as dist
 
 from xtrain.collectives import FACTS, Collectives
 
+from .process_group import finish
+
 _NONE, _DENSE, _SPARSE = 0, 1, 2
 _LARGE = 2**18  # bytes: from here on, a copy into a buffer costs more than a reduction of its own
 
@@ -61,7 +63,7 @@ def agree(facts: Sequence[int], call: str, ranks: Collectives) -> list[int]:
     agreed = [max(column) for column in zip(*rows, strict=True)]
     if len(facts) > FACTS:
         rest = torch.tensor(facts[FACTS:], dtype=torch.uint8)
-        dist.all_reduce(rest, dist.ReduceOp.MAX)
+        finish(dist.all_reduce(rest, dist.ReduceOp.MAX, async_op=True), rest.device, call)
         agreed += rest.tolist()
     return agreed
 
@@ -80,7 +82,7 @@ def _average_dense(gradients: list[Tensor], world: int) -> None:
         works.append(dist.all_reduce(flat, async_op=True))
         buffers.append((flat, group))
     for work in works:
-        work.wait()
+        finish(work, gradients[0].device, "average gradients")
     for flat, group in buffers:
         parts = flat.split([gradient.numel() for gradient in group])
         torch._foreach_copy_(group, [part.view_as(gradient) for part, gradient in zip(parts, group, strict=True)])
@@ -94,5 +96,5 @@ def _average_sparse(parameter: Tensor, world: int) -> None:
         values = torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
         gradient = torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)
     whole = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce() / world
-    dist.all_reduce(whole)
+    finish(dist.all_reduce(whole, async_op=True), whole.device, "average a sparse gradient")
     parameter.grad = whole

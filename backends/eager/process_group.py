@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 # gloo's thread lets go of a message a moment after the wait for it is over. Were it the last to hold the tensors, it
 # would need the interpreter's lock, which aborts a process that has come to its end by then.
 _RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=8)
-_SLICE = timedelta(seconds=1)
+_SLICE = timedelta(seconds=0.5)
 
 
 class TorchCollectives(Collectives):
@@ -56,7 +57,7 @@ class TorchCollectives(Collectives):
         heard: list[bytes] = []
 
         def hear() -> None:
-            _wait(work, f"{call}, {self.position()}")
+            finish(work, sent.device, f"{call}, {self.position()}")
             heard.extend(self._heard(received))
 
         def answer() -> list[bytes]:
@@ -77,7 +78,7 @@ class TorchCollectives(Collectives):
         reduced = self._own(tensor)
         if op == "mean" and not (reduced.dtype.is_floating_point or reduced.dtype.is_complex):
             reduced = reduced.double()
-        dist.all_reduce(reduced, _OPERATIONS[op])
+        finish(dist.all_reduce(reduced, _OPERATIONS[op], async_op=True), self.device, f"reduce ({op})")
         if op == "mean":
             reduced /= self.world_size
         return reduced.to(tensor.device)
@@ -89,7 +90,7 @@ class TorchCollectives(Collectives):
         sent = _bits(own)
         parts = torch.empty(self.world_size * sent.numel(), dtype=torch.uint8, device=self.device)
         if sent.numel():
-            _ALL_GATHER(parts, sent)
+            finish(_ALL_GATHER(parts, sent, async_op=True), self.device, "gather")
         return parts.view(own.dtype).view(self.world_size, *own.shape).to(tensor.device)
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -98,12 +99,16 @@ class TorchCollectives(Collectives):
             own = self._own(value)
             sent = _bits(own)
             if sent.numel():
-                dist.broadcast(sent, source)
+                finish(dist.broadcast(sent, source, async_op=True), self.device, "broadcast")
             return sent.view(own.dtype).view(own.shape).to(value.device)  # type: ignore[return-value]
-        self.meet(f"broadcast an object of rank {source}")
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, source)
-        return box[0]  # type: ignore[no-any-return]
+        return self._broadcast_object(value, source)
+
+    def _broadcast_object(self, value: T, source: int) -> T:
+        data = pickle.dumps(value) if self.rank == source else b""
+        sizes = self.meet(f"broadcast an object of rank {source}", len(data).to_bytes(8, "little"))
+        row = torch.frombuffer(bytearray(data.ljust(int.from_bytes(sizes[source], "little"))), dtype=torch.uint8)
+        finish(dist.broadcast(row, source, async_op=True), row.device, "broadcast")
+        return value if self.rank == source else pickle.loads(row.numpy().tobytes())
 
     def all_true(self, flag: bool) -> Callable[[], bool]:
         answer = self._start("ask whether every rank has another batch", bytes([flag]))
@@ -113,8 +118,21 @@ class TorchCollectives(Collectives):
         self.meet("wait for all ranks")
 
 
-def _wait(work: Any, call: str) -> None:
-    """Wait for the other ranks in slices of a second: in between Ctrl-C works, and a failed rank is noticed."""
+def finish(work: Any, device: torch.device, call: str) -> None:
+    """Wait for the other ranks in slices of half a second: in between Ctrl-C works, and a failed rank is noticed.
+
+    Args:
+        work: what a collective returned with ``async_op=True``.
+        device: of its tensors; away from the CPU nobody waits here, but the device itself.
+        call: in words, for the error of a rank that waited in vain.
+
+    Raises:
+        RankFailedError: if another rank says that it failed.
+        RuntimeError: if the others are gone, or do not come in time.
+    """
+    if device.type != "cpu":
+        work.wait()
+        return
     while True:
         try:
             work.wait(_SLICE)
@@ -192,13 +210,6 @@ def random_stream(collectives: Collectives, device: torch.device) -> Iterator[No
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed + collectives.rank)
         yield
-
-
-def gather_objects(value: Any, world_size: int) -> list[Any]:
-    """Return what each rank passed (anything picklable), in order of rank; the ranks must have met before."""
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _leave() -> None:

@@ -1,5 +1,6 @@
 """How runs of several processes end and who can reach them: real processes, real signals, real sockets."""
 
+import csv
 import importlib.util
 import re
 import signal
@@ -145,6 +146,61 @@ def test_ctrl_c_works_while_ranks_are_waited_for(rank):
     said = said_by(waiting)
     assert "KeyboardInterrupt" in said
     assert time.monotonic() - began < 10
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+from xtrain import Callback, LightningModule, Trainer
+from xtrain.loggers import CSVLogger
+
+def hang(*arguments, **options):
+    time.sleep(600)
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = torch.nn.Linear(3, 1)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        self.manual_backward(self.layer(batch).square().mean())
+        if batch_idx == 3:
+            if self.global_rank == 1:
+                dist.all_reduce = hang  # after the header, in the middle of the data
+            else:
+                threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()
+                self.began = time.monotonic() + 4
+        opt.step()
+        self.log("index", batch_idx)
+
+class Told(Callback):
+    def on_exception(self, trainer, module, error):
+        took = time.monotonic() - module.began
+        os.write(1, ("%s after %.1f s\\n" % (type(error).__name__, took)).encode())
+
+trainer = Trainer("cpu", devices=2, max_epochs=1, logger=CSVLogger(sys.argv[1], flush_logs_every_n_steps=1000),
+                  log_every_n_steps={every}, callbacks=[Told()], enable_progress_bar=False)
+trainer.fit(Module(), DataLoader(torch.randn(32, 3), batch_size=2))
+"""
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_ctrl_c_works_in_the_middle_of_data_and_no_row_is_lost(every, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED.format(every=every), encoding="utf-8")
+    options = {"capture_output": True, "text": True, "timeout": BOUND, "cwd": ROOT, "check": False}
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=environment(), **options)
+    took = re.search(r"KeyboardInterrupt after (\S+) s", done.stdout)
+    assert took, done.stdout + done.stderr
+    assert float(took[1]) < 2
+    (table,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert [float(row["index"]) for row in rows] == ([0.0, 1.0, 2.0] if every == 1 else [2.0])
 
 
 def test_something_else_that_listens_is_told():

@@ -13,12 +13,25 @@ END = object()
 """What ``next(batches, END)`` returns when there are no more."""
 
 
-def size_of(loader: Any) -> int | None:
-    """Return the number of batches, or None if the loader does not know."""
+def size_of(loader: Any, name: str = "") -> int | None:
+    """Return the number of batches, or None if the loader does not know.
+
+    Args:
+        loader: iterable.
+        name: what it is for, said in the error.
+
+    Raises:
+        ConfigurationError: if its ``__len__`` fails.
+    """
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
+    except Exception as error:
+        whose = f"the {name} loader ({type(loader).__name__})".replace("  ", " ")
+        expected = f"len() of {whose} to be a number of batches"
+        fix = "def __len__(self): return 100, or no __len__ for a loader that does not know: its end is then read ahead"
+        raise ConfigurationError(explain(expected, f"{type(error).__name__}: {error}", fix)) from error
 
 
 def limited(size: int | None, limit: int | float | None, flag: str) -> int | None:

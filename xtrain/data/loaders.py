@@ -53,5 +53,5 @@ def _check_loader(loader: Any, stage: str) -> None:
         raise ConfigurationError(
             explain(f"an iterable of batches as {_SOURCES[stage][1]} loader", f"{loader!r:.60}", fix)
         )
-    if size_of(loader) == 0:
+    if size_of(loader, _SOURCES[stage][1]) == 0:
         raise empty_loader(_SOURCES[stage][1])

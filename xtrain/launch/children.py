@@ -110,7 +110,7 @@ class Children:
                     command, cwd=_START_DIRECTORY, env=own, stdin=subprocess.DEVNULL, start_new_session=True
                 )
         except BaseException:
-            self.end()
+            self.end(0.0)
             raise
         self._watcher.start()
 
@@ -119,7 +119,7 @@ class Children:
         wait_for(lambda: self.failure, wait)
         return self.failure
 
-    def end(self, grace: float = 2.0) -> None:
+    def end(self, grace: float) -> None:
         """End the children and whatever they started, with a signal they cannot ignore after `grace` seconds."""
         self._closing.set()
         for number, wait in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
@@ -176,9 +176,10 @@ class Children:
 
 
 def _die(text: str, children: Children) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(f"xtrain: {text}\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # nobody reads any more
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        print(f"xtrain: {text}", file=sys.stderr, flush=True)  # where there is no stderr, it is said on stdout
     children.end(0.5)
     os._exit(1)
 

@@ -18,20 +18,28 @@ _MPI = {  # rank, number of ranks, and both on this machine
     "hydra": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 _TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # of the step, which may have fewer than the job
+_SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "ksh", "csh", "tcsh")
+_SLURM_OWN_STEPS = 2**32 - 16  # from here on: the shell of salloc, the batch script, ...
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
-def srun_step(environ: Mapping[str, str]) -> bool:
-    """Return whether ``srun`` started this process as one of a step's tasks; a shell or a batch script is none."""
+def srun_step(environ: Mapping[str, str], terminal: bool) -> bool:
+    """Return whether ``srun`` started this process as one of a step's tasks.
+
+    A batch script is none, nor is what was typed into a shell: ``salloc`` or ``srun --pty bash``. Jobs have the name of
+    their shell also for ``srun bash -c "python script.py"``, which starts as many as any other; no terminal is there.
+    """
+    typed = terminal and environ.get("SLURM_JOB_NAME") in _SHELLS
     own = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
-    return own and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return own and not typed and _number(environ, "SLURM_STEP_ID") < _SLURM_OWN_STEPS
 
 
-def as_torchrun(environ: Mapping[str, str]) -> tuple[str, dict[str, str], dict[str, str]]:
+def as_torchrun(environ: Mapping[str, str], terminal: bool = False) -> tuple[str, dict[str, str], dict[str, str]]:
     """Translate the variables of a cluster's launcher.
 
     Args:
         environ: of this process, which has no RANK.
+        terminal: whether it runs in one.
 
     Returns:
         The launcher's name (empty if there is none), the variables RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
@@ -44,7 +52,7 @@ def as_torchrun(environ: Mapping[str, str]) -> tuple[str, dict[str, str], dict[s
         # Open MPI starts its helpers by srun, so its own variables count first.
         if names[0] in environ and names[1] in environ and (names[0] != "PMI_RANK" or names[2] in environ):
             return "mpi", *_mpi(environ, names)
-    if srun_step(environ) and _number(environ, *_TASKS) > 1:
+    if srun_step(environ, terminal) and _number(environ, *_TASKS) > 1:
         return "slurm", *_slurm(environ)
     if "PMI_RANK" in environ and "PMI_SIZE" in environ:
         return "mpi", *_mpi(environ, _MPI["hydra"])

@@ -84,13 +84,14 @@ class _Environment:
         return found
 
 
-def detect_launcher(environ: Mapping[str, str], parent: Sequence[str] = ()) -> Launch:
+def detect_launcher(environ: Mapping[str, str], parent: Sequence[str] = (), terminal: bool = False) -> Launch:
     """Return what started a process with these variables.
 
     Args:
         environ: its environment.
         parent: the command line of its parent process, empty if that is not known; the only trace of
             ``accelerate launch --cpu --num_processes 2``, which starts one process.
+        terminal: whether it runs in a terminal, as what is typed into a shell of SLURM does.
 
     Raises:
         ConfigurationError: for variables that contradict each other, or ask for what xtrain does not run.
@@ -100,7 +101,7 @@ def detect_launcher(environ: Mapping[str, str], parent: Sequence[str] = ()) -> L
     backend, precision = _accelerate_wishes(env) if accelerate else (None, None)
     cluster = ""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        cluster, variables, sources = as_torchrun(environ)
+        cluster, variables, sources = as_torchrun(environ, terminal)
         if not cluster:
             return _without_ranks(env, accelerate, backend, precision, parent)
         wishes, env = env.sources, _Environment({**environ, **variables})

@@ -70,7 +70,7 @@ class World:
             self._shown_by_rank_0 = error
         missing = self.failures.missing(self.launch.world_size) if lost and first is None else []
         if self.children is not None:
-            self.children.end()
+            self.children.end(0.5 if isinstance(error, KeyboardInterrupt) else 2.0)
             self.ended = True
         if lost:
             self._shown_by_rank_0 = RankFailedError(_lost_text(first, missing, error))
@@ -104,7 +104,7 @@ def current_launch() -> Launch:
 @cache
 def read_launch() -> Launch:
     """Return what the environment says, read once: a process does not change its place."""
-    return detect_launcher(os.environ, _parent_command())
+    return detect_launcher(os.environ, _parent_command(), any(map(os.isatty, range(3))))
 
 
 def own_rank() -> int:

@@ -89,6 +89,7 @@ class MetricLog(Logs):
         self.by_loader: list[tuple[int | None, str, float]] = []  # of the epoch that was sent last
         self.restored: dict[Any, dict[str, Any]] = {}  # values of an earlier run, by hook, loader and name
         self._stage = Stage("idle")
+        self._cut: list[Stage] = []  # those that an error has ended
 
     # ---------------------------------------------------------------- where the loop is
 
@@ -103,6 +104,9 @@ class MetricLog(Logs):
         before = [dict(view) for view in views]
         try:
             yield
+        except BaseException:
+            self._cut.append(self._stage)
+            raise
         finally:
             self._stage = outer
             for view, kept in zip(views, before, strict=True) if name == "sanity" else ():
@@ -199,6 +203,23 @@ class MetricLog(Logs):
         self._stage.row = {}
         self._send_kept(epoch)
         return checks
+
+    def send_cut(self, step: int, epoch: int) -> None:
+        """After an error, send the step values that did not come to their log point, as far as nothing is waited for.
+
+        Of several ranks those that are shared are left out, and those that a device still computes: it may wait for
+        a rank that does not come.
+        """
+        for stage in self._cut:
+            self._stage = stage
+            stage.keep_steps(self._evaluated[stage.name] if stage.evaluates else step)
+            if self._ranks.world_size > 1:
+                for _, row in stage.kept:
+                    for metric in [metric for metric, value in row.items() if isinstance(value, Tensor)]:
+                        del row[metric]
+            self._send(stage.row, step, epoch)
+            self._send_kept(epoch)
+        self._cut = []
 
     def _send_kept(self, epoch: int) -> None:
         """Send the step values of evaluation, a row for each step."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from xtrain.callbacks.base import Callback, check_callbacks
-from xtrain.configure import NamedOptimizers, check_monitors, fuse, names_of, read_optimizers
+from xtrain.configure import NamedOptimizers, ask_for_optimizers, check_monitors, fuse, names_of, read_optimizers
 from xtrain.contract import Backend, Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ProtocolError, explain
@@ -86,10 +86,21 @@ def started_run(
                 if datamodule is not None:
                     datamodule.on_exception(error)
             finally:
+                _send_cut(run)
                 _finalize_loggers(run, "failed")
             _explain_inference_tensors(error)
             raise
         _finalize_loggers(run, "success")
+
+
+def _send_cut(run: Run) -> None:
+    """Send the values that an error has kept from their log point; the error matters more than they do."""
+    progress = run.trainer.progress
+    inside = run.called == "fit" and progress.done <= progress.batch_idx  # of a training step
+    try:
+        run.metrics.send_cut(progress.logged_steps if inside else run.log_step, progress.epoch)
+    except Exception:
+        _LOG.exception("The values since the last log point are lost")
 
 
 def _finalize_loggers(run: Run, status: str) -> None:
@@ -234,7 +245,7 @@ def _prepare_data(run: Run) -> None:
 
 def _set_up_optimizers(run: Run) -> None:
     trainer, module = run.trainer, run.module
-    returned = module.configure_optimizers()
+    returned = ask_for_optimizers(module.configure_optimizers)
     optimizers, run.schedulers = read_optimizers(returned)
     run.life.automatic = module.automatic_optimization
     if module.automatic_optimization:
