@@ -167,6 +167,8 @@ LEGS = {
     "fsdp-recipes-2p-4p": Leg("light", tests=("tests/fsdp/test_*.py",)),
     # A training that moves between backends, numbers of processes and precisions; kills and signals.
     "resume": Leg("full", tests=("tests/resume/test_*.py",), usual=4),
+    # `xtrain check`: a gallery of modules with planted faults; what user code does to a child process.
+    "rehearsal": Leg("full", tests=("tests/rehearsal/test_*.py",), usual=4),
     # Real processes under every launcher; every command of the page on launching.
     "launch": Leg("full", tests=("tests/launch/test_*.py",), usual=5),
     "loggers": Leg("services", tests=("tests/services/test_*.py",)),

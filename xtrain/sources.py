@@ -21,10 +21,15 @@ _CHECKOUT = Path(__file__).resolve().parent.parent / "backends"
 _TABLE = _CHECKOUT / "entry_points.ini"
 
 
-def entry_points() -> dict[str, list[metadata.EntryPoint]]:
-    """Return the entry points by name, a built-in one first: an installed package cannot take its name over."""
-    installed = metadata.entry_points(group=GROUP)
-    built_in = _checkout_entry_points() or [entry for entry in installed if is_built_in(entry)]
+def entry_points(group: str = GROUP, table: Path | None = None) -> dict[str, list[metadata.EntryPoint]]:
+    """Return the entry points by name, a built-in one first: an installed package cannot take its name over.
+
+    Args:
+        group: of the entry points.
+        table: those of a checkout; default: that of the backends.
+    """
+    installed = metadata.entry_points(group=group)
+    built_in = _checkout_entry_points(group, table or _TABLE) or [entry for entry in installed if is_built_in(entry)]
     foreign = [entry for entry in installed if not is_built_in(entry)]
     found: dict[str, list[metadata.EntryPoint]] = {}
     for entry in [*built_in, *foreign]:
@@ -60,11 +65,11 @@ def warn_of_namesake() -> None:
     warnings.warn(explain(expected, received, fix), stacklevel=4)
 
 
-def _checkout_entry_points() -> list[metadata.EntryPoint]:
+def _checkout_entry_points(group: str, path: Path) -> list[metadata.EntryPoint]:
     table = ConfigParser(delimiters=["="])
-    if not table.read(_TABLE, encoding="utf-8"):
+    if not table.read(path, encoding="utf-8"):
         return []
-    return [metadata.EntryPoint(name, value, GROUP) for name, value in table[GROUP].items()]
+    return [metadata.EntryPoint(name, value, group) for name, value in table[group].items()]
 
 
 def _adopt_checkout() -> None:

@@ -41,12 +41,13 @@ from xtrain.run.checks import check_datamodule
 from xtrain.run.evaluation import evaluate
 from xtrain.run.options import OptionArguments, Options, read_options
 from xtrain.run.plan import plan_fit
+from xtrain.run.rehearsed import Rehearsed
 from xtrain.run.setup import started_run
 from xtrain.run.state import Progress
 from xtrain.run.training import train
 
 
-class Trainer(CheckpointVerbs):
+class Trainer(CheckpointVerbs, Rehearsed):
     """Runs a `LightningModule` on one backend.
 
     Args:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import xtrain
+from xtrain.cli.rehearsal import add_check, without_script_arguments
 from xtrain.columns import columns
 from xtrain.contract import Backend
 from xtrain.errors import XTrainError
@@ -20,25 +21,31 @@ from xtrain.tables import availability_rows, importable_backends, matrix_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 1 after an error of xtrain's own.
+    """Run the command line and return its exit status: 0, or 1 after an error of xtrain's own; ``check`` has its own.
 
     Args:
         arguments: what follows the command's name; None takes them from `sys.argv`.
     """
+    arguments, script_arguments = without_script_arguments(arguments)
     options = _parser().parse_args(arguments)
+    options.script_arguments = script_arguments
     try:
         for part in options.run(options):
+            if isinstance(part, int):
+                return part
             print(part)
     except XTrainError as error:
         print(error, file=sys.stderr)
-        return 1
+        return int(options.status_of_errors)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xtrain", description="One training step, every device.")
     parser.add_argument("--version", action="version", version=f"xtrain {xtrain.__version__}")
+    parser.set_defaults(status_of_errors=1)
     commands = parser.add_subparsers(title="commands", required=True)
+    add_check(commands)
     backends = commands.add_parser("backends", help="what each backend can do, in general and here")
     backends.add_argument("name", nargs="?", help="one backend, with its options")
     backends.set_defaults(run=_backends)

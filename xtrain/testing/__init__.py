@@ -8,6 +8,13 @@ A backend's test file is::
         backend = "mychip"
         precisions = ("32-true", "bf16-mixed")
 
+A project's own tests use `rehearse`, which needs neither::
+
+    from xtrain.testing import rehearse
+
+    def test_gan_will_train_elsewhere():
+        rehearse("model.py:GAN", data="model.py:loader", targets=["16-mixed"])
+
 The suite needs pytest and hypothesis: ``pip install 'xtrain-torch[testing]'``. The experiments and their
 plain-PyTorch loops (`xtrain.testing.experiments`) need neither.
 """
@@ -16,10 +23,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xtrain.testing.rehearsing import rehearse as rehearse
+
 if TYPE_CHECKING:
     from xtrain.testing.suite import BackendConformance as BackendConformance
 
-__all__ = ["BackendConformance"]
+__all__ = ["BackendConformance", "rehearse"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,23 @@
+"""Gradients of all earlier steps are in each step."""
+
+import torch
+from torch import nn
+
+from xtrain import LightningModule
+
+BATCH = "8x4"
+
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = nn.Linear(4, 1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        self.manual_backward(self.net(batch).square().mean())  # planted: XT-PROTOCOL-08
+        opt.step()

@@ -1,0 +1,29 @@
+"""A smaller last batch, and a large batch on all processes together."""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from xtrain import LightningModule
+
+DEVICES = 2
+
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def loader():
+    return DataLoader(  # planted: XT-DATA-01, XT-DATA-06
+        torch.randn(60, 4),
+        batch_size=16,
+        shuffle=True,
+    )

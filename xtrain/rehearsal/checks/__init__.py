@@ -1,0 +1,1 @@
+"""The checks that come with xtrain; a backend's own are in its folder."""

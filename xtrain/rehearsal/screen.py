@@ -1,0 +1,67 @@
+"""The report for people: one screen of verdicts, each with the user's own line and the corrected one."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from xtrain.rehearsal.findings import Finding, Report
+from xtrain.rehearsal.places import shown, source_line
+
+_INDENT = "         "
+
+
+def screen(report: Report) -> str:
+    """Return the text of `report`."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"{report.module}: {_counts(report)}"
+    for finding in report.findings:
+        yield from _of_finding(finding)
+    if report.figures:
+        yield ""
+        yield from _wrapped("figures  ", ", ".join(_figure(name, value) for name, value in report.figures.items()))
+    for skipped in report.skipped:
+        yield from _wrapped("not looked at: ", f"{skipped.check}: {skipped.reason}")
+    yield f"{report.seconds:.0f} s; what an id means: docs/check.md; --ignore ID silences one"
+
+
+def _of_finding(finding: Finding) -> Iterator[str]:
+    place = f"  {shown(finding.file)}:{finding.line}" if finding.file else ""
+    yield ""
+    yield f"{finding.severity or '':<8} {finding.id}  {finding.target}{place}"
+    line = source_line(finding.file, finding.line)
+    if line:
+        yield f"{_INDENT}> {line}"
+    yield from _wrapped(_INDENT, finding.message)
+    if finding.fix:
+        yield from _wrapped(f"{_INDENT}Fix:  ", finding.fix)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    width = max(60, min(120, shutil.get_terminal_size().columns))
+    later = " " * len(head)
+    parts = text.splitlines() or [""]
+    first, *rest = parts
+    lines = textwrap.wrap(first, width, initial_indent=head, subsequent_indent=later, break_long_words=False)
+    for part in rest:
+        lines += textwrap.wrap(part, width, initial_indent=later, subsequent_indent=later, break_long_words=False)
+    return lines
+
+
+def _counts(report: Report) -> str:
+    found = [finding.severity for finding in report.findings]
+    errors, warnings = found.count("error"), found.count("warning")
+    if not errors and not warnings:
+        return (
+            "nothing will go wrong, as far as was looked" if not report.failed else "not everything could be looked at"
+        )
+    return f"{errors} error{'' if errors == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}"
+
+
+def _figure(name: str, value: Any) -> str:
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
