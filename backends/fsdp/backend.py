@@ -78,7 +78,7 @@ class FSDP(EagerBackend):
         mixed: Mapping[str, str | torch.dtype] | None = None,
         methods: Sequence[str] = (),
         device: str | None = None,
-        broadcast_start: bool = False,
+        broadcast_start: bool = True,
         timeout: float = 600.0,
     ) -> None:
         super().__init__(broadcast_start, timeout)

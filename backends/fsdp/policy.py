@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from xtrain.errors import ConfigurationError, explain
 
@@ -115,16 +116,27 @@ def _own_parameters(part: nn.Module, layers: set[int]) -> Iterator[nn.Parameter]
             yield from _own_parameters(child, layers)
 
 
+def check_exists(module: nn.Module) -> None:
+    """Refuse a module whose tensors do not exist yet.
+
+    Raises:
+        ConfigurationError: with the line that makes them.
+    """
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            fix = "self.net(torch.zeros(1, 3, 8, 8)) in __init__: one batch tells a lazy layer its shape"
+            raise ConfigurationError(explain("parameters with a shape before they are sharded", f"{name}, lazy", fix))
+        if parameter.device == torch.device("meta"):
+            fix = "layer.to_empty(device='cpu'); layer.reset_parameters() in configure_model"
+            raise ConfigurationError(explain("parameters with values before they are sharded", f"{name} on meta", fix))
+
+
 def check_shardable(module: nn.Module, sharded: int, plain: set[nn.Parameter]) -> None:
-    """Refuse a module of which FSDP would shard nothing, or whose tensors do not exist yet.
+    """Refuse a module of which FSDP would shard nothing.
 
     Raises:
         ConfigurationError: with what is missing.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.device == torch.device("meta"):
-            fix = "layer.to_empty(device='cpu'); layer.reset_parameters() in configure_model"
-            raise ConfigurationError(explain("parameters with values before they are sharded", f"{name} on meta", fix))
     if plain and not sharded:
         raise ConfigurationError(
             explain(

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from xtrain.errors import ConfigurationError, explain
 
 from .groups import LayerGroup, ShardedParameter, begin, detach, local, snapshot
-from .policy import Policy, check_shardable, find_layers, find_networks, find_plain
+from .policy import Policy, check_exists, check_shardable, find_layers, find_networks, find_plain
 
 
 class ShardedModule:
@@ -45,6 +45,7 @@ class ShardedModule:
         offload: OffloadPolicy,
         methods: Iterable[str],
     ) -> None:
+        check_exists(module)
         self._module, self._device = module, device
         networks = find_networks(module)
         parts = {name: [*find_layers(module, name, n, policy), n] for name, n in networks.items()}

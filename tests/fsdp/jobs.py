@@ -97,6 +97,15 @@ def share_one_loss_by_hand(accumulate):
     return module.state_dict()
 
 
+def start_apart(world_size, rank):
+    """Return the parameters of a run that begins with others on rank 1."""
+    module = Frozen()
+    if rank:
+        nn.init.zeros_(module.a[0].weight)
+    quiet("fsdp", {}).fit(module, batches(module.steps, rank, world_size))
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
 class Saving(Muon):
     """Muon and AdamW in one network, of which the second has gradients left when it ends."""
 

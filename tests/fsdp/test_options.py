@@ -69,6 +69,7 @@ def fit(module, precision="32-true", **options):
         ({"net": Net()}, {"mesh": {"data": 3, "fsdp": 2}}, "that the 1 processes of the run fill"),
         ({"net": Net()}, {"replicate": 3}, "that the 1 processes of the run fill. Received: replicate=3"),
         ({"net": Net()}, {"methods": ["net.encode"]}, "methods of networks of Module. Received: 'net.encode'"),
+        ({"net": nn.LazyLinear(2)}, {}, "net.weight, lazy"),
         ({"net": Net().to("meta")}, {}, "net.blocks.0.weight on meta"),
     ],
 )

@@ -39,6 +39,10 @@ def test_a_run_leaves_a_plain_module_which_runs_again(pair):
     assert all(torch.isfinite(value).all() for value in parameters.values())
 
 
+def test_every_rank_starts_with_the_parameters_of_rank_0(pair):
+    close(pair.run(jobs.start_apart, 60.0)[1], by_hand(jobs.Frozen)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "shard", "groups"),
     [(jobs.Counted, "layers", 6), (jobs.Counted, "children", 2), (Halves, "layers", 3), (Halves, "children", 1)],
