@@ -3,7 +3,7 @@
 import pytest
 
 from xtrain import ConfigurationError, Trainer
-from xtrain.launch.auto import agreed_precision, announce, resolve_backend
+from xtrain.launch.auto import agreed_precision, resolve, resolve_backend
 from xtrain.launch.clusters import first_host
 from xtrain.launch.environment import Launch, detect_launcher, wanted_processes
 
@@ -114,10 +114,11 @@ def test_a_shell_of_slurm_in_a_terminal_trains_alone():
     ],
 )
 def test_suspicious_launches_are_told(environ, parent, says, monkeypatch):
-    monkeypatch.setattr("xtrain.launch.auto._announced", set())
+    monkeypatch.setattr("xtrain.launch.auto._warned", set())
     launch = detect_launcher(environ, parent)
+    monkeypatch.setattr("xtrain.launch.auto.current_launch", lambda: launch)
     with pytest.warns(UserWarning, match=f"(?s){says}"):
-        announce("cpu", None, None, launch)
+        resolve("cpu", None, None)
 
 
 @pytest.mark.parametrize(
@@ -191,15 +192,14 @@ def test_what_the_script_says_must_agree_with_the_launcher():
         agreed_precision("32-true", launch)
 
 
-def test_a_trainer_says_once_what_auto_came_to(monkeypatch, capsys):
+def test_a_trainer_knows_where_its_settings_come_from(monkeypatch):
     for name, value in ({**ONE, **ON_CPU, "ACCELERATE_MIXED_PRECISION": "bf16"}).items():
         monkeypatch.setenv(name, value)
-    for _ in range(2):
-        trainer = Trainer("auto")
+    trainer = Trainer("auto")
     assert (trainer.backend.name, trainer.precision.name) == ("cpu", "bf16-mixed")
-    assert capsys.readouterr().err == (
+    assert trainer.origin == (
         "xtrain: backend=cpu (ACCELERATE_USE_CPU=True); precision=bf16-mixed (ACCELERATE_MIXED_PRECISION=bf16); "
-        "processes=1 (accelerate, WORLD_SIZE=1)\n"
+        "processes=1 (accelerate, WORLD_SIZE=1)"
     )
     with pytest.raises(ConfigurationError, match=r"devices=2, but accelerate started 1 \(LOCAL_WORLD_SIZE=1\)"):
         Trainer("auto", devices=2).validate(_module(), [1])

@@ -40,7 +40,7 @@ def test_max_time_ends_the_training():
 
     run = trained(module=Slow(), max_epochs=1000, max_time={"seconds": 0.2})[1]
     assert 1 <= run.global_step < 100
-    assert [type(c) for c in run.callbacks] == [Timer]
+    assert [type(c) for c in run.callbacks] == [ModelSummary, Timer]
 
 
 # ---------------------------------------------------------------- which batches
@@ -181,7 +181,7 @@ def test_a_profile_has_the_verbs_of_the_step_and_a_trace(tmp_path, capsys):
 @pytest.mark.parametrize("asked", [True, "simple", torch.profiler.profile(), Profiler()])
 def test_profilers_may_be_asked_for_in_several_ways(asked, tmp_path, capsys):
     run = trained(profiler=asked, default_root_dir=tmp_path)[1]
-    assert [type(c) for c in run.callbacks] == [Profiler]
+    assert [type(c) for c in run.callbacks] == [ModelSummary, Profiler]
     assert vars(run.backend).keys().isdisjoint({"step", "backward"})
     with pytest.raises(ConfigurationError) as caught:
         trainer(profiler="fast")
@@ -196,9 +196,16 @@ def test_a_bare_training_has_nothing_but_the_training():
     says(caught.value, "logger=True")
 
 
-def test_a_summary_is_printed_if_it_is_asked_for():
-    kinds = [type(c) for c in Trainer(backend="cpu", enable_model_summary=True).callbacks]
-    assert kinds == [ModelSummary, ProgressBar]
+def test_a_summary_is_written_unless_somebody_says_no():
+    def kinds(**options):
+        return [type(c) for c in Trainer(backend="cpu", **options).callbacks]
+
+    assert kinds() == kinds(enable_model_summary=True) == [ModelSummary, ProgressBar]
+    assert kinds(enable_model_summary=False) == [ProgressBar]
+    assert kinds(callbacks=[ModelSummary(max_depth=3)]) == [ModelSummary, ProgressBar]
+    with pytest.raises(ConfigurationError) as caught:
+        Trainer(barebones=True, enable_model_summary=True)
+    says(caught.value, "enable_model_summary=True")
 
 
 # ---------------------------------------------------------------- where they come from

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xtrain import Callback, LightningModule, ProgressBar, Trainer
-from xtrain.callbacks import RichProgressBar
+from xtrain import Callback, ConfigurationError, LightningModule, ProgressBar, Trainer
+from xtrain.callbacks import RichProgressBar, TQDMProgressBar
 from xtrain.callbacks.base import hook_names
 from xtrain.hooks import ModuleHooks
 
@@ -28,7 +28,9 @@ def run_state(**changes):
         "is_global_zero": True,
         "max_epochs": 3,
         "current_epoch": 1,
-        "num_training_batches": 4,
+        "total_batches": 12,
+        "progress": SimpleNamespace(batches=4),
+        "backend": SimpleNamespace(first_step=""),
         "sanity_checking": False,
         "training": True,
         "progress_bar_metrics": {},
@@ -48,33 +50,78 @@ def show_epoch(bar, state, batches=4):
         state.progress_bar_metrics["loss"] = 0.5 - index / 10
         bar.on_train_batch_end(state, module, None, None, index)
     bar.on_train_epoch_end(state, module)
+    bar.on_train_end(state, module)
     bar.teardown(state, module, "fit")
 
 
-def test_a_terminal_sees_epoch_batches_and_metrics(monkeypatch):
+def test_a_terminal_sees_batches_of_all_epochs_and_metrics(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
     show_epoch(ProgressBar(refresh_seconds=0.0), run_state())
     drawn = terminal.getvalue().split("\r")
-    assert any(re.search(r"Epoch 2/3:\s+50%.* 2/4 .*loss=0\.4\]", line) for line in drawn)
-    assert re.search(r"Epoch 2/3: 100%.* 4/4 .*loss=0\.2\]", drawn[-1])
+    assert any(re.search(r"Epoch 2/3:\s+50%.* 6/12 .*loss=0\.4\]", line) for line in drawn)
+    assert re.search(r"Epoch 2/3:\s+67%.* 8/12 .*loss=0\.2\]", drawn[-1])
     assert drawn[-1].endswith("\n")
 
 
-def test_a_log_file_sees_whole_lines_and_few_of_them(capsys):
+def test_a_log_file_sees_no_bar_but_a_line_per_epoch(capsys):
     show_epoch(ProgressBar(), run_state())
     captured = capsys.readouterr()
-    assert re.fullmatch(
-        r"Epoch 2/3: 100%\S* 4/4 \[.*loss=0\.2\]\n", captured.err.replace("|##########|", "##########|")
-    )
+    assert re.fullmatch(r"Epoch 2/3: 8/12 \[\d\d:\d\d<\d\d:\d\d, loss=0\.2\]\n", captured.err)
     assert captured.out == ""
 
 
 def test_a_log_file_is_written_now_and_then(capsys):
     show_epoch(ProgressBar(refresh_seconds=0.0), run_state())
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5
-    assert [re.search(r" (\d)/4 ", line)[1] for line in lines] == ["1", "2", "3", "4", "4"]
+    assert [re.search(r" (\d)/12 ", line)[1] for line in lines] == ["5", "6", "7", "8"]
+
+
+def test_refresh_rate_counts_batches(capsys):
+    show_epoch(ProgressBar(refresh_rate=2, refresh_seconds=0.0), run_state())
+    assert re.findall(r" (\d)/12 ", capsys.readouterr().err) == ["6", "8"]
+    show_epoch(ProgressBar(refresh_rate=0), run_state())
+    bar = ProgressBar()
+    bar.disable()
+    show_epoch(bar, run_state())
+    assert capsys.readouterr().err == ""
+    bar.enable()
+    show_epoch(bar, run_state())
+    assert "8/12" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=r"ProgressBar\(refresh_rate=1\)"):
+        ProgressBar(refresh_rate=-1)
+
+
+def test_get_metrics_may_be_overridden(capsys):
+    class Mine(TQDMProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            items = super().get_metrics(trainer, pl_module)
+            items.pop("loss")
+            return {**items, "size": 7}
+
+    state = run_state()
+    show_epoch(Mine(), state)
+    assert ", size=7]" in (said := capsys.readouterr().err)
+    assert "loss" not in said
+    assert "loss" in state.progress_bar_metrics
+
+
+def test_finished_epochs_may_leave_a_line(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    show_epoch(ProgressBar(leave=True), run_state())
+    kept = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
+    assert ["8/12" in line for line in kept] == [True, True, False]
+
+
+def test_a_backend_says_what_its_first_steps_wait_for(capsys):
+    state = run_state(backend=SimpleNamespace(first_step="compiling the first graph, about a minute"))
+    show_epoch(ProgressBar(), state)
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"Epoch 2/3: 4/12 \[.*, compiling the first graph, about a minute\]", first)
+    assert "compiling" not in last
 
 
 def test_other_ranks_are_silent(capsys):
@@ -84,8 +131,8 @@ def test_other_ranks_are_silent(capsys):
 
 @pytest.mark.parametrize("max_epochs", [None, -1])
 def test_unknown_lengths(capsys, max_epochs):
-    show_epoch(ProgressBar(), run_state(max_epochs=max_epochs, num_training_batches=float("inf")))
-    assert re.match(r"Epoch 2: 4it \[", capsys.readouterr().err)
+    show_epoch(ProgressBar(), run_state(max_epochs=max_epochs, total_batches=float("inf")))
+    assert re.match(r"Epoch 2: 8it \[", capsys.readouterr().err)
 
 
 def test_between_drawings_the_metrics_are_not_even_looked_at():
@@ -118,7 +165,7 @@ def test_evaluation_has_its_bar(capsys, kind, title, changes):
     for index in range(2):
         getattr(bar, f"on_{kind}_batch_end")(state, module, None, None, index, 0)
     getattr(bar, f"on_{kind}_end")(state, module)
-    total = "2it [" if kind == "predict" else "100%"
+    total = "2it [" if kind == "predict" else "2/2 ["
     assert capsys.readouterr().err.startswith(f"{title}: {total}")
 
 
@@ -133,7 +180,7 @@ def test_validation_inside_of_an_epoch_does_not_end_its_bar(capsys):
     bar.on_train_batch_end(state, module, None, None, 1)
     bar.teardown(state, module, "fit")
     titles = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert titles == ["Epoch 2/3", "Validation", "Epoch 2/3", "Epoch 2/3"]
+    assert titles == ["Epoch 2/3", "Validation", "Epoch 2/3"]
 
 
 def test_text_is_written_above_the_bar(capsys):
@@ -152,7 +199,7 @@ def test_a_narrow_terminal_keeps_the_metrics(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     show_epoch(ProgressBar(refresh_seconds=0.0), run_state())
     last = terminal.getvalue().split("\r")[-1]
-    assert re.match(r"Epoch 2/3 4/4, loss=0\.2 \[00:00\]", last)
+    assert re.match(r"Epoch 2/3 8/12, loss=0\.2 \[00:00\]", last)
 
 
 # ---------------------------------------------------------------- in a Trainer
@@ -191,13 +238,74 @@ def test_a_training_shows_its_epochs_with_their_metrics(capsys):
     fit()
     captured = capsys.readouterr()
     epochs = [line for line in captured.err.splitlines() if line.startswith("Epoch")]
-    assert [re.match(r"Epoch (\d)/2: 100%.* 3/3 .*loss=\S+, val=2\.5\]$", line)[1] for line in epochs] == ["1", "2"]
+    assert [re.match(r"Epoch \d/2: (\d)/6 .*loss=\S+, val=2\.5\]$", line)[1] for line in epochs] == ["3", "6"]
     assert captured.out == "hello\nhello\n"
 
 
-def test_a_training_without_progress_bar_is_silent(capsys):
+INTRODUCTION = "xtrain: backend=cpu (given); precision=32-true (default); processes=1 (no launcher); parameters=3"
+
+
+def test_a_training_without_progress_bar_says_one_line_and_what_the_module_is(capsys):
     fit(enable_progress_bar=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == INTRODUCTION
+    assert lines[-2:] == [
+        "3 parameters (3 trainable, 0 frozen)",
+        "0.0 MB on cpu (cpu, 32-true): 0.0 parameters + 0.0 gradients",
+    ]
+    fit(enable_progress_bar=False, enable_model_summary=False)
+    assert capsys.readouterr().err.splitlines() == [INTRODUCTION]
+
+
+def test_a_bare_training_is_silent(capsys):
+    Trainer("cpu", max_epochs=1, barebones=True).fit(Regression(), [torch.ones(1, 2)])
     assert capsys.readouterr().err == ""
+
+
+def test_every_run_begins_with_one_line(capsys):
+    trainer = Trainer("cpu", max_epochs=1, enable_progress_bar=False)
+    module, data = Regression(), [torch.ones(1, 2)]
+    trainer.validate(module, data)
+    assert capsys.readouterr().err.splitlines() == [INTRODUCTION]
+    module.net.bias.requires_grad_(False)
+    trainer.validate(module, data)
+    assert capsys.readouterr().err.splitlines() == [f"{INTRODUCTION} (2 trainable)"]
+
+
+def test_one_bar_for_all_epochs_validations_leave_no_line(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    fit(callbacks=ProgressBar(refresh_seconds=0.0), enable_model_summary=False)
+    screen = [line.split("\r")[-1].replace("\x1b[A", "") for line in terminal.getvalue().split("\n")]
+    left = [line for line in screen if line.strip() and not line.startswith("xtrain: ")]
+    assert re.search(r"Validation: +50%.* 1/3 ", terminal.getvalue()) or "1/3" in terminal.getvalue()
+    assert re.search(r"Epoch 2/2: 100%.* 6/6 \[.*loss=\S+, val=2\.5\]", left[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "total"),
+    [
+        ({"max_epochs": 3}, None, 12),
+        ({"max_epochs": 3, "max_steps": 5}, None, 5),
+        ({"max_steps": 5}, None, 5),
+        ({"max_epochs": 3, "limit_train_batches": 2}, None, 6),
+        ({"max_epochs": 3}, 7, 7),
+        ({"max_epochs": -1}, None, float("inf")),
+    ],
+)
+def test_the_total_is_that_of_the_whole_fit(options, steps, total):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(trainer.total_batches)
+            trainer.should_stop = len(seen) > 20
+
+    trainer = Trainer("cpu", callbacks=Watch(), enable_progress_bar=False, **options)
+    trainer.fit(Regression(), [torch.ones(1, 2)] * 4, steps=steps)
+    assert seen[0] == total
+    assert total in (float("inf"), trainer.progress.batches)
 
 
 def test_an_exception_leaves_the_terminal_in_order(monkeypatch):
@@ -272,31 +380,39 @@ def test_without_stderr_or_stdout_nothing_is_shown(monkeypatch, missing):
     assert trainer.global_step == 3
 
 
-def test_a_fit_begins_with_one_line_and_ends_its_epochs_with_their_last_values(capsys):
+def test_epochs_end_with_their_last_values(capsys):
     class Late(Regression):
         def on_train_epoch_end(self):
             self.log("late", float(self.current_epoch), prog_bar=True)
 
     data = torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=4)
-    Trainer("cpu", max_epochs=3).fit(Late(), data, data)
+    Trainer("cpu", max_epochs=3, enable_model_summary=False).fit(Late(), data, data)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "xtrain: cpu, 32-true, 1 process, 3 parameters"
+    assert lines[0] == INTRODUCTION
     assert [re.search(r"late=(\S+)\]", line)[1] for line in lines[1:]] == ["0", "1", "2"]
-    assert [" left in all)" in line for line in lines[1:]] == [False, True, False]
     assert all("loss=" in line and "val=2.5" in line for line in lines[1:])
 
 
-def test_rich_shows_the_same(capsys):
+def test_rich_shows_the_same(capsys, monkeypatch):
+    terminal = Terminal()
     data = torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=4)
-    bar = RichProgressBar(refresh_seconds=0.0)
-    Trainer("cpu", max_epochs=2, log_every_n_steps=1, callbacks=bar).fit(Regression(), data, data)
-    captured = capsys.readouterr()
-    for epoch in ("1", "2"):
-        assert re.search(rf"Epoch {epoch}/2 .* 3/3 .*loss=\S+, val=2\.5", captured.err)
-    assert "hello" in captured.err
+    bar = RichProgressBar(refresh_rate=1, refresh_seconds=0.0, leave=True, console_kwargs={"width": 120})
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        Trainer("cpu", max_epochs=2, log_every_n_steps=1, callbacks=bar).fit(Regression(), data, data)
+    drawn = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    for line in (r"Epoch 1/2 .* 3/6 .*loss=\S+", r"Epoch 2/2 .* 6/6 .*loss=\S+, val=2\.5", r"Epoch 1/2 3 loss="):
+        assert re.search(line, drawn), line
+    assert "hello" in drawn
     bar.print("after")
     assert capsys.readouterr().out == "after\n"
-    assert [type(c) for c in Trainer("cpu", callbacks=bar).callbacks] == [RichProgressBar]
+    assert RichProgressBar in [type(c) for c in Trainer("cpu", callbacks=bar).callbacks]
+    assert ProgressBar not in [type(c) for c in Trainer("cpu", callbacks=bar).callbacks]
+
+
+def test_rich_writes_lines_where_there_is_no_terminal(capsys):
+    Trainer("cpu", max_epochs=2, callbacks=RichProgressBar()).fit(Regression(), [torch.ones(1, 2)] * 3)
+    assert re.findall(r"^Epoch \d/2: (\d/6) \[", capsys.readouterr().err, re.MULTILINE) == ["3/6", "6/6"]
 
 
 def test_rich_is_asked_for(monkeypatch):

@@ -11,11 +11,11 @@ from typing import Any
 from xtrain.errors import ConfigurationError, explain
 
 
-def check_count(flag: str, value: Any, least: int) -> Any:
+def check_count(flag: str, value: Any, least: int, caller: str = "Trainer") -> Any:
     """Return `value`, which is None (if that is the default) or an int of at least `least`."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
         return value
-    fix = f"Trainer({flag}={max(least, 1)})"
+    fix = f"{caller}({flag}={max(least, 1)})"
     raise ConfigurationError(explain(f"{flag} as an int of at least {least}", repr(value), fix))
 
 

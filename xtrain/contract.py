@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from xtrain.checkpoint import named
 from xtrain.collectives import Collectives as Collectives
+from xtrain.memory import Memory, memory_of
 from xtrain.precision import Precision
 from xtrain.tensors import map_tensors as map_tensors
 from xtrain.tensors import moved
@@ -112,6 +113,7 @@ class Backend(ABC):
         spellings: values of Lightning's ``strategy=`` and ``accelerator=`` that mean this backend, each with the
             options that it implies: ``{"mychip_sharded": {"shards": 8}}``.
         in_auto: whether ``backend="auto"`` takes this backend where it is available, before the built-in ones.
+        first_step: what the first step of each kind waits for, shown by the progress bar; empty: nothing.
         precision: set by the Trainer before `launch`.
         scaler_kwargs: options of the loss scaler, set by the Trainer before `launch`.
         devices: number of devices asked for (None: whatever the launcher says), set by the Trainer before `launch`.
@@ -131,6 +133,7 @@ class Backend(ABC):
     rules: ClassVar[tuple[Rule, ...]] = ()
     spellings: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     in_auto: ClassVar[bool] = False
+    first_step: ClassVar[str] = ""
 
     precision: Precision = Precision("32-true")
     scaler_kwargs: dict[str, Any] | None = None
@@ -247,6 +250,10 @@ class Backend(ABC):
     def elements_of(self, parameter: Tensor) -> int:
         """Return how many numbers the whole `parameter` has, of which a shard may know nothing."""
         return parameter.numel()
+
+    def memory(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> Memory:
+        """Return the bytes that this process holds in a training step of `optimizers`."""
+        return memory_of(module, optimizers, lambda p: self.local_part(p).numel())
 
     def leaves_of(self, optimizer: OptimizerHandle) -> list[Tensor]:
         """Return the tensors into which autograd adds the gradients of `optimizer`."""

@@ -160,13 +160,9 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, LightningMethods,
 
     def _active(self, verb: str) -> GradientLife:
         if self._life is None:
-            raise ProtocolError(
-                explain(
-                    f"{verb}() inside a run, where optimizers exist",
-                    "a call before or outside of Trainer.fit",
-                    f"def training_step(self, batch, batch_idx): ... self.{verb}(...)",
-                )
-            )
+            received = "a call before or outside of Trainer.fit"
+            fix = f"def training_step(self, batch, batch_idx): ... self.{verb}(...)"
+            raise ProtocolError(explain(f"{verb}() inside a run, where optimizers exist", received, fix))
         return self._life
 
     @property
@@ -248,13 +244,9 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, LightningMethods,
         """
         life = self._life or self._active("manual_backward")
         if self.automatic_optimization:
-            raise ProtocolError(
-                explain(
-                    "manual_backward() in manual optimization only",
-                    "a call while automatic_optimization is True",
-                    "def __init__(self): super().__init__(); self.automatic_optimization = False",
-                )
-            )
+            received = "a call while automatic_optimization is True"
+            fix = "def __init__(self): super().__init__(); self.automatic_optimization = False"
+            raise ProtocolError(explain("manual_backward() in manual optimization only", received, fix))
         with life.backward(loss, bool(args) or "gradient" in kwargs):
             (life.override or life.backend.backward)(loss, *args, **kwargs)
 

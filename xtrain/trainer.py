@@ -146,7 +146,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         count = check_count("devices", read_devices(devices), 1)
         check_options("backend_options", backend_options)
         chosen, options = read_backend(check_backend(backend), accelerator, strategy, backend_options)
-        chosen, self.precision = resolve(chosen, precision, count)
+        chosen, self.precision, self.origin = resolve(chosen, precision, count)
         self.backend = make_backend(chosen, options)
         self.backend.precision, self.backend.devices = self.precision, count
         self.backend.scaler_kwargs = check_options("scaler_kwargs", scaler_kwargs)
@@ -348,7 +348,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
 def _callbacks(callbacks: Any, options: Options, bar: bool) -> list[Callback]:
     given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     check_callbacks(given)
-    given += options.callbacks()
+    given += options.callbacks(given)
     if bar and not any(isinstance(c, ProgressBar) for c in given):
         given.append(ProgressBar())
     return given

@@ -17,6 +17,7 @@ from xtrain.checks import check_timeout
 from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.launch.join import current_launch
+from xtrain.memory import Memory, memory_of
 from xtrain.tensors import move_module
 
 from ..eager.process_group import join_processes, random_stream
@@ -261,6 +262,15 @@ class DeepSpeed(ScalingBackend):
 
     def elements_of(self, parameter: Any) -> int:
         return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+    def memory(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> Memory:
+        def masters(optimizer: Any) -> Sequence[Tensor] | None:
+            engine = self._engines[optimizer]
+            if engine.stage == 0:
+                return [master for _, master in engine.copies()] or None
+            return [master for master in engine.masters() if master.device.type == self.device.type]
+
+        return memory_of(module, optimizers, lambda p: self.local_part(p).numel(), self.elements_of, masters)
 
     def has_gradients(self, optimizer: OptimizerHandle) -> bool:
         return self._engines[optimizer].has_gradients

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
+from xtrain.memory import Memory, memory_of
 from xtrain.scaler import LossScaler
 from xtrain.tensors import map_tensors
 
@@ -289,6 +290,10 @@ class FSDP(EagerBackend):
 
     def local_part(self, parameter: Tensor) -> Tensor:
         return local(parameter)
+
+    def memory(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> Memory:
+        whole = None if self.reduce == "backward" else Tensor.numel
+        return memory_of(module, optimizers, lambda p: local(p).numel(), whole)
 
     def has_gradients(self, optimizer: OptimizerHandle) -> bool:
         if super().has_gradients(optimizer):

@@ -23,6 +23,7 @@ from xtrain.checks import check_switch
 from xtrain.collectives import Collectives
 from xtrain.contract import Backend, Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
+from xtrain.memory import Memory, memory_of
 from xtrain.tensors import map_tensors, tensors_in
 
 from . import watch as watch
@@ -70,6 +71,7 @@ class XLA(Backend):
         multi_process=True,
         inference_mode=False,  # its tensors cannot be traced
     )
+    first_step = "compiling the first graph, about a minute"
 
     _runtime: Runtime
     _guard: RecompileGuard
@@ -262,6 +264,9 @@ class XLA(Backend):
         cast = [t.to(dtype) if dtype is not None and t.is_floating_point() else t for t in (tensors[i] for i in here)]
         moved = iter(self._runtime.to_device(cast, None if specs is None else [specs[i] for i in here]))
         return map_tensors(lambda t: next(moved) if t.device.type == "cpu" else self._move(t), batch, self._move_object)
+
+    def memory(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> Memory:
+        return memory_of(module, optimizers, Tensor.numel if self._mesh is None else self._mesh.held)
 
     def read_scalars(self, values: Sequence[Tensor]) -> list[float]:
         return [float(value) for value in self._runtime.to_cpu(values)]

@@ -62,10 +62,17 @@ class Mesh:
 
     def of_state(self, tensor: Tensor) -> Any:
         """Return how a parameter, a buffer or its optimizer state is split: along its longest dimension that fits."""
+        split = self._dimension(tensor)
+        return self._runtime.sharding(self._mesh, tuple("fsdp" if d == split else None for d in range(tensor.dim())))
+
+    def held(self, tensor: Tensor) -> int:
+        """Return how many numbers of such a tensor each device holds."""
+        return tensor.numel() // (1 if self._dimension(tensor) is None else self._axes["fsdp"])
+
+    def _dimension(self, tensor: Tensor) -> int | None:
         ways = self._axes.get("fsdp", 1)
         fitting = [d for d in range(tensor.dim()) if ways > 1 and tensor.size(d) % ways == 0 and tensor.size(d) > 0]
-        split = max(fitting, key=tensor.size, default=None)
-        return self._runtime.sharding(self._mesh, tuple("fsdp" if d == split else None for d in range(tensor.dim())))
+        return max(fitting, key=tensor.size, default=None)
 
     def of_batch(self, batch: Any) -> list[Any]:
         """Return how the tensors of `batch` are split: those that have its rows by rows, over all axes.

@@ -8,6 +8,7 @@ from xtrain.callbacks.learning_rate import LearningRateMonitor as LearningRateMo
 from xtrain.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from xtrain.callbacks.profiler import Profiler as Profiler
 from xtrain.callbacks.progress import ProgressBar as ProgressBar
+from xtrain.callbacks.progress import TQDMProgressBar as TQDMProgressBar
 from xtrain.callbacks.rich_progress import RichProgressBar as RichProgressBar
 from xtrain.callbacks.summary import ModelSummary as ModelSummary
 from xtrain.callbacks.timer import Timer as Timer
@@ -25,6 +26,7 @@ __all__ = [
     "Profiler",
     "ProgressBar",
     "RichProgressBar",
+    "TQDMProgressBar",
     "Timer",
     "WeightAveraging",
 ]

@@ -8,57 +8,73 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib import import_module
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.parameter import is_lazy
-
 from xtrain.callbacks.base import Callback
+from xtrain.checks import check_count
 
 if TYPE_CHECKING:
     from xtrain.module import LightningModule
     from xtrain.trainer import Trainer
 
 _SECONDS_IN_A_TERMINAL = 0.1
-_SECONDS_IN_A_LOG_FILE = 10.0
-_NARROW = 80  # columns
-_SHORT = "{desc} {n_fmt}/{total_fmt}{postfix} [{remaining}]"  # the bar gives way to the metrics
+_SECONDS_IN_A_LOG_FILE = 60.0
+_FULL = 62  # columns of a bar beside its title and its metrics
+_SHORT = "{desc} {n_fmt}/{total_fmt}{postfix} [{remaining}]"  # where there are fewer, the bar gives way to the metrics
+_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class ProgressBar(Callback):
-    """Shows epochs, batches and the metrics logged with ``prog_bar=True``, on rank 0, on stderr.
+    """Shows batches over all epochs, the time left for the whole fit and the metrics logged with ``prog_bar=True``.
 
-    Metrics are those that a log point has read already, so the bar never waits for the device. Where
-    stderr is a file or a pipe, a line is written now and then, and one per epoch.
+    On rank 0, on stderr. Metrics are those that a log point has read already, so the bar never waits for the device.
+    Where stderr is a file or a pipe there is no bar, but a line per epoch, and one a minute in long ones.
 
     Args:
-        refresh_seconds: time between two drawings; default: 0.1 in a terminal, else 10.
-        leave: keep the bars of finished epochs on the screen.
+        refresh_rate: batches between two looks at the clock; 0 shows nothing.
+        process_position: rows to leave free above the bar, for other programs in this terminal.
+        leave: keep a line for each finished epoch above the bar.
+        refresh_seconds: time between two drawings; default: 0.1 in a terminal, else 60.
+
+    Raises:
+        ConfigurationError: for a number below 0.
 
     Example:
-        >>> trainer = Trainer(callbacks=[ProgressBar(refresh_seconds=1.0, leave=False)])
+        >>> trainer = Trainer(callbacks=[ProgressBar(refresh_rate=10, leave=True)])
     """
 
     after_module = True  # what the module logs at the end of an epoch is on the bar
 
-    def __init__(self, refresh_seconds: float | None = None, leave: bool = True) -> None:
-        self._fitting, self._first_epoch, self._began = False, 0, 0.0
-        self._seconds = refresh_seconds
-        self._leave = leave
-        self._shown = False
+    def __init__(
+        self,
+        refresh_rate: int = 1,
+        process_position: int = 0,
+        leave: bool = False,
+        *,
+        refresh_seconds: float | None = None,
+    ) -> None:
+        self._rate: int = check_count("refresh_rate", refresh_rate, 0, type(self).__name__)
+        self._position: int = check_count("process_position", process_position, 0, type(self).__name__)
+        self._seconds, self._leave = refresh_seconds, leave
+        self._fitting, self._shown, self._enabled = False, False, True
         self._bars: list[Any] = []  # the last one is drawn: validation runs inside of an epoch
+        self._waited: set[str] = set()  # titles whose first step has been waited for
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Find out whether this process shows anything."""
-        self._fitting = stage == "fit"
-        self._shown = trainer.is_global_zero and sys.stderr is not None  # pythonw and some services have none
+    # ---------------------------------------------------------------- what users change
 
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Leave the terminal in order, also after an exception."""
-        while self._bars:
-            self._close(trainer)
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return what is shown beside the bar, by name; override it to add something or to take it away."""
+        return dict(trainer.progress_bar_metrics)
+
+    def enable(self) -> None:
+        """Show something from the next run on, after `disable`."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing from now on."""
+        self._enabled = self._shown = False
 
     def print(self, text: str) -> None:
         """Write `text` to stdout, above the bars."""
@@ -73,16 +89,35 @@ class ProgressBar(Callback):
         """Show `text` in the place of the metrics until the next drawing: what the training waits for."""
         if self._bars:
             with self._while_it_works():
-                self._bars[-1].draw({"step": text})
+                self._bars[-1].draw(text)
 
-    def _open(self, description: str, total: int | float | None = None, leave: bool = True) -> None:
-        if self._shown:
-            known = None if total is None or math.isinf(total) else int(total)
-            with self._while_it_works():
-                self._bars.append(self._make(description, known, leave and self._leave))
+    # ---------------------------------------------------------------- how
 
-    def _make(self, description: str, total: int | None, leave: bool) -> Any:
-        return _Bar(description, total, self._seconds, leave)
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Find out whether this process shows anything."""
+        self._fitting, self._waited = stage == "fit", set()
+        # pythonw and some services have no stderr
+        self._shown = self._enabled and trainer.is_global_zero and self._rate > 0 and sys.stderr is not None
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Leave the terminal in order, also after an exception."""
+        while self._bars:
+            self._close(trainer, module)
+
+    def _open(self, trainer: Trainer, title: str, total: float, leave: bool = True, done: int = 0) -> None:
+        """Show another bar, and what its first step waits for."""
+        if not self._shown:
+            return
+        with self._while_it_works():
+            self._bars.append(self._make(title, _known(total), leave, done))
+            self._bars[-1].done = done
+        kind = title.split()[0]
+        if trainer.backend.first_step and kind not in self._waited:
+            self.say(trainer.backend.first_step)
+        self._waited.add(kind)
+
+    def _make(self, title: str, total: int | None, leave: bool, done: int) -> Any:
+        return _Bar(title, total, self._seconds, leave, done, self._position + len(self._bars))
 
     @contextmanager
     def _while_it_works(self) -> Iterator[None]:
@@ -93,57 +128,59 @@ class ProgressBar(Callback):
             self._shown = False
             self._bars.clear()
 
-    def _advance(self, trainer: Trainer) -> None:
+    def _advance(self, trainer: Trainer, module: LightningModule) -> None:
         if self._bars:
             bar = self._bars[-1]
             bar.done += 1
-            if time.monotonic() >= bar.due:
-                with self._while_it_works():
-                    bar.draw(trainer.progress_bar_metrics)
+            if bar.done % self._rate == 0 and time.monotonic() >= bar.due:
+                self._draw(trainer, module)
 
-    def _close(self, trainer: Trainer) -> None:
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        metrics = self.get_metrics(trainer, module)
+        with self._while_it_works():
+            self._bars[-1].draw(metrics)
+
+    def _close(self, trainer: Trainer, module: LightningModule) -> None:
         if self._bars:
+            metrics = self.get_metrics(trainer, module)
             with self._while_it_works():
-                self._bars.pop().close(trainer.progress_bar_metrics)
+                self._bars.pop().close(metrics)
 
     # ---------------------------------------------------------------- when
 
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say in one line what runs where."""
-        self._first_epoch, self._began = trainer.current_epoch, time.monotonic()
-        if self._shown:
-            with self._while_it_works():
-                print(_introduction(trainer, module), file=sys.stderr, flush=True)
-
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Open the bar of the epoch."""
+        """Open the bar with the first epoch; name the later ones."""
         last = f"/{trainer.max_epochs}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
-        self._open(f"Epoch {trainer.current_epoch + 1}{last}{self._left(trainer)}", trainer.num_training_batches)
-
-    def _left(self, trainer: Trainer) -> str:
-        """Return the time left for this epoch and those after it, by the epochs before; empty for the last one."""
-        done = trainer.current_epoch - self._first_epoch
-        left = (trainer.max_epochs or 0) - trainer.current_epoch
-        if not self._began or done < 1 or left < 2:
-            return ""
-        seconds = (time.monotonic() - self._began) / done * left
-        return f" ({timedelta(seconds=round(seconds))} left in all)"
+        title, total = f"Epoch {trainer.current_epoch + 1}{last}", trainer.total_batches
+        if self._bars:
+            with self._while_it_works():
+                self._bars[-1].rename(title, _known(total))
+        else:
+            self._open(trainer, title, total, done=trainer.progress.batches)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a batch."""
-        self._advance(trainer)
+        self._advance(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw the epoch for the last time."""
-        self._close(trainer)
+        """Draw the last values of the epoch."""
+        if self._bars:
+            self._draw(trainer, module)
+        if self._bars and self._leave:
+            with self._while_it_works():
+                self._bars[-1].keep()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._close(trainer, module)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of validation, which disappears if it is part of training."""
         title = "Sanity check" if trainer.sanity_checking else "Validation"
         sizes = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._open(title, sum(sizes) if sizes else None, leave=not self._fitting)
+        self._open(trainer, title, sum(sizes) or math.inf, leave=not self._fitting)
 
     def on_validation_batch_end(
         self,
@@ -155,15 +192,15 @@ class ProgressBar(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count a batch."""
-        self._advance(trainer)
+        self._advance(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw validation for the last time."""
-        self._close(trainer)
+        self._close(trainer, module)
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of testing."""
-        self._open("Testing", sum(trainer.num_test_batches) or None)
+        self._open(trainer, "Testing", sum(trainer.num_test_batches) or math.inf)
 
     def on_test_batch_end(
         self,
@@ -175,15 +212,15 @@ class ProgressBar(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count a batch."""
-        self._advance(trainer)
+        self._advance(trainer, module)
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw testing for the last time."""
-        self._close(trainer)
+        self._close(trainer, module)
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the bar of prediction."""
-        self._open("Predicting", sum(trainer.num_predict_batches) or None)
+        self._open(trainer, "Predicting", sum(trainer.num_predict_batches) or math.inf)
 
     def on_predict_batch_end(
         self,
@@ -195,57 +232,74 @@ class ProgressBar(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count a batch."""
-        self._advance(trainer)
+        self._advance(trainer, module)
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw prediction for the last time."""
-        self._close(trainer)
+        self._close(trainer, module)
 
 
-def _introduction(trainer: Trainer, module: LightningModule) -> str:
-    backend = trainer.backend
-    parameters = [p for p in module.parameters() if not is_lazy(p)]
-    count, trained = (
-        sum(map(backend.elements_of, p)) for p in (parameters, [p for p in parameters if p.requires_grad])
-    )
-    ranks = f"{trainer.world_size} process{'es' if trainer.world_size > 1 else ''}"
-    frozen = f" ({trained:,} trainable)" if trained < count else ""
-    return f"xtrain: {backend.name}, {backend.precision.name}, {ranks}, {count:,} parameters{frozen}"
+TQDMProgressBar = ProgressBar
+"""Lightning's name of it."""
+
+
+def _known(total: float) -> int | None:
+    return None if math.isinf(total) else int(total)
 
 
 class _Bar:
     """One bar of tqdm: drawn in place in a terminal or a notebook, line by line elsewhere."""
 
-    def __init__(self, description: str, total: int | None, seconds: float | None, leave: bool) -> None:
-        # In a notebook a widget, where one can be shown.
-        tqdm: Any = import_module("tqdm.auto" if "ipykernel" in sys.modules else "tqdm").tqdm
-        self._moves = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._leave = leave
+    def __init__(
+        self, title: str, total: int | None, seconds: float | None, leave: bool, done: int, position: int
+    ) -> None:
+        notebook = "ipykernel" in sys.modules  # a widget, where one can be shown
+        tqdm: Any = import_module("tqdm.auto" if notebook else "tqdm").tqdm
+        self._terminal = sys.stderr.isatty() and not notebook
+        self._moves = self._terminal or notebook
         usual = _SECONDS_IN_A_TERMINAL if self._moves else _SECONDS_IN_A_LOG_FILE
         self._seconds = usual if seconds is None else seconds
-        file = sys.stderr if self._moves else io.StringIO()  # tqdm formats the lines, but does not write them
-        narrow = self._moves and get_terminal_size().columns < _NARROW
+        self._leave = leave
+        self._drawn: Any = None
         self._tqdm = tqdm(
-            desc=description,
+            desc=title,
             total=total,
-            file=file,
+            initial=done,
+            file=sys.stderr if self._moves else io.StringIO(),  # tqdm formats the lines, but does not write them
             leave=leave,
+            position=position if self._moves else None,
             dynamic_ncols=self._moves,
-            bar_format=_SHORT if narrow and total is not None else None,
         )
-        self.done = 0
+        self.done = done
         self.due = time.monotonic() + self._seconds
 
-    def draw(self, metrics: Mapping[str, Any]) -> None:
+    def rename(self, title: str, total: int | None) -> None:
+        self._tqdm.set_description_str(title, refresh=False)
+        self._tqdm.total = total
+        if total is not None and hasattr(self._tqdm, "container"):  # the widget has a length of its own
+            self._tqdm.container.children[1].max = total
+
+    def draw(self, metrics: Mapping[str, Any] | str) -> None:
         self.due = time.monotonic() + self._seconds
-        self._tqdm.n = self.done
-        self._tqdm.set_postfix(metrics, refresh=False)
+        bar = self._tqdm
+        bar.n = self.done
+        (bar.set_postfix_str if isinstance(metrics, str) else bar.set_postfix)(metrics, refresh=False)
         if self._moves:
-            self._tqdm.refresh()
-        else:
-            print(self._tqdm, file=sys.stderr, flush=True)
+            narrow = get_terminal_size().columns < len(bar.desc) + len(bar.postfix) + _FULL
+            bar.bar_format = _SHORT if self._terminal and narrow and bar.total is not None else None
+            bar.refresh()
+            return
+        bar.bar_format = None if bar.total is None else _LINE
+        drawn, self._drawn = self._drawn, (bar.desc, self.done, bar.postfix)
+        if drawn != self._drawn:
+            print(bar, file=sys.stderr, flush=True)
 
-    def close(self, metrics: Mapping[str, float]) -> None:
+    def keep(self) -> None:
+        """Leave a copy of what is drawn above the bar."""
+        if self._moves:
+            self._tqdm.write(str(self._tqdm), file=sys.stderr)
+
+    def close(self, metrics: Mapping[str, Any]) -> None:
         if self._moves or self._leave:
             self.draw(metrics)
         self._tqdm.close()

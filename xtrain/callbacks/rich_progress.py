@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,18 +17,27 @@ class RichProgressBar(ProgressBar):
     """Shows what `ProgressBar` shows, with colours, by the package rich.
 
     Args:
+        refresh_rate: batches between two looks at the clock; 0 shows nothing.
+        leave: keep a line for each finished epoch above the bar.
+        console_kwargs: passed on to `rich.console.Console`; default: it writes to stderr.
         refresh_seconds: time between two drawings; default: 0.1.
-        leave: keep the bars of finished epochs on the screen.
 
     Raises:
         MissingDependencyError: if rich is not installed.
 
     Example:
-        >>> trainer = Trainer(callbacks=[RichProgressBar()])
+        >>> trainer = Trainer(callbacks=[RichProgressBar(refresh_rate=10)])
     """
 
-    def __init__(self, refresh_seconds: float | None = None, leave: bool = True) -> None:
-        super().__init__(refresh_seconds, leave)
+    def __init__(
+        self,
+        refresh_rate: int = 1,
+        leave: bool = False,
+        console_kwargs: Mapping[str, Any] | None = None,
+        *,
+        refresh_seconds: float | None = None,
+    ) -> None:
+        super().__init__(refresh_rate, leave=leave, refresh_seconds=refresh_seconds)
         try:
             import rich.progress as rich
         except ImportError as error:
@@ -35,18 +45,22 @@ class RichProgressBar(ProgressBar):
             raise MissingDependencyError(text) from error
         self._rich: Any = rich
         self._display: Any = None
+        self._console = {"stderr": True, **(console_kwargs or {})}
 
     def print(self, text: str) -> None:
         """Write `text` above the bars."""
         if self._display is None:
-            print(text)
+            super().print(text)
         else:
             self._display.console.print(text, markup=False, highlight=False)
 
-    def _make(self, description: str, total: int | None, leave: bool) -> Any:
-        if self._display is None:
-            from rich.console import Console
+    def _make(self, title: str, total: int | None, leave: bool, done: int) -> Any:
+        from rich.console import Console
 
+        if self._display is None:
+            console = Console(**self._console)
+            if not (console.is_terminal or console.is_jupyter) and sys.stderr is console.file:
+                return super()._make(title, total, leave, done)
             rich = self._rich
             columns = (
                 "{task.description}",
@@ -55,9 +69,9 @@ class RichProgressBar(ProgressBar):
                 rich.TimeRemainingColumn(),
                 "{task.fields[metrics]}",
             )
-            self._display = rich.Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+            self._display = rich.Progress(*columns, console=console, auto_refresh=False)
             self._display.start()
-        return _Task(self, description, total, leave)
+        return _Task(self, title, total, leave, done)
 
     def finished(self, task: Any, leave: bool) -> None:
         """Take a bar away, or leave it; with the last one the display ends."""
@@ -71,21 +85,33 @@ class RichProgressBar(ProgressBar):
 class _Task:
     """One line of the display, with the interface of the other bars."""
 
-    def __init__(self, owner: RichProgressBar, description: str, total: int | None, leave: bool) -> None:
+    def __init__(self, owner: RichProgressBar, title: str, total: int | None, leave: bool, done: int) -> None:
         self._owner, self._display, self._leave = owner, owner._display, leave
         self._seconds = _SECONDS if owner._seconds is None else owner._seconds
-        self._task = self._display.add_task(description, total=total, metrics="")
-        self.done = 0
+        self._task = self._display.add_task(title, total=total, completed=done, metrics="")
+        self._title, self._text = title, ""
+        self.done = done
         self.due = time.monotonic() + self._seconds
 
-    def draw(self, metrics: Mapping[str, Any]) -> None:
+    def rename(self, title: str, total: int | None) -> None:
+        self._title = title
+        self._display.update(self._task, description=title, total=total)
+
+    def draw(self, metrics: Mapping[str, Any] | str) -> None:
         self.due = time.monotonic() + self._seconds
-        text = ", ".join(
-            f"{name}={value if isinstance(value, str) else f'{value:.3g}'}" for name, value in metrics.items()
+        self._text = (
+            metrics
+            if isinstance(metrics, str)
+            else ", ".join(
+                f"{name}={value if isinstance(value, str) else f'{value:.3g}'}" for name, value in metrics.items()
+            )
         )
-        self._display.update(self._task, completed=self.done, metrics=text)
+        self._display.update(self._task, completed=self.done, metrics=self._text)
         self._display.refresh()
 
-    def close(self, metrics: Mapping[str, float]) -> None:
+    def keep(self) -> None:
+        self._display.console.print(f"{self._title} {self.done} {self._text}", markup=False, highlight=False)
+
+    def close(self, metrics: Mapping[str, Any]) -> None:
         self.draw(metrics)
         self._owner.finished(self._task, self._leave)

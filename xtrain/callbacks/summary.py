@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from xtrain.columns import columns
 from xtrain.errors import ConfigurationError, explain
 
 if TYPE_CHECKING:
-    from xtrain.contract import Backend
+    from xtrain.contract import Backend, OptimizerHandle
     from xtrain.module import LightningModule
     from xtrain.trainer import Trainer
 
@@ -21,10 +23,11 @@ _MEGABYTE = 10**6
 
 
 class ModelSummary(Callback):
-    """Prints the children of the module with their parameters when a training starts.
+    """Writes the children of the module with their parameters to stderr when a training starts.
 
-    The last lines say how many parameters train and what they take on each device, as the backend
-    keeps them: in its precision, and sharded where it shards.
+    The last lines say how many parameters train, and what parameters, gradients and the state of the optimizers
+    take on each device, as the backend keeps them: in its precision, and sharded where it shards. Activations come
+    on top. ``Trainer(enable_model_summary=False)`` leaves it out.
 
     Args:
         max_depth: levels of children; -1 is all of them, 0 prints the last lines only.
@@ -44,17 +47,22 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Print it, now that the backend has the module."""
-        if trainer.is_global_zero:
-            trainer.print(summarize(module, trainer.backend, self._max_depth))
+        if trainer.is_global_zero and sys.stderr is not None:
+            text = summarize(module, trainer.backend, self._max_depth, trainer.life.optimizers)
+            with suppress(OSError, ValueError):  # the terminal has gone
+                print(text, file=sys.stderr, flush=True)
 
 
-def summarize(module: nn.Module, backend: Backend, max_depth: int = 1) -> str:
+def summarize(
+    module: nn.Module, backend: Backend, max_depth: int = 1, optimizers: Sequence[OptimizerHandle] = ()
+) -> str:
     """Return the summary of `module` as text.
 
     Args:
         module: as `backend` has set it up.
         backend: says where the parameters are.
         max_depth: see `ModelSummary`.
+        optimizers: those that train it.
     """
     rows = []
     for name, child in _children(module, max_depth):
@@ -64,7 +72,7 @@ def summarize(module: nn.Module, backend: Backend, max_depth: int = 1) -> str:
         mode = "train" if child.training else "eval"
         rows.append([name, type(child).__name__, f"{count:,}", f"{training:,}", mode])
     table = columns(["name", "type", "parameters", "trainable", "mode"], rows) + "\n" if rows else ""
-    return table + _totals(module, backend)
+    return table + _totals(module, backend, optimizers)
 
 
 def _children(module: nn.Module, max_depth: int) -> Iterator[tuple[str, nn.Module]]:
@@ -73,19 +81,30 @@ def _children(module: nn.Module, max_depth: int) -> Iterator[tuple[str, nn.Modul
             yield name, child
 
 
-def _totals(module: nn.Module, backend: Backend) -> str:
-    parameters = list(module.parameters())
-    count, trained = _count(backend, parameters), _count(backend, [p for p in parameters if p.requires_grad])
-    parts = [backend.local_part(p) for p in parameters if not is_lazy(p)]
-    megabytes = sum(part.numel() * part.element_size() for part in parts) / _MEGABYTE
-    ranks = backend.collectives.world_size
-    where = f"on each of {ranks} devices" if ranks > 1 else f"on {backend.device}"
-    lazy = sum(1 for p in parameters if is_lazy(p))
+def _totals(module: nn.Module, backend: Backend, optimizers: Sequence[OptimizerHandle]) -> str:
+    count, trained = count_parameters(module, backend)
+    lazy = sum(1 for p in module.parameters() if is_lazy(p))
     note = f", and {lazy} that the first forward will make" if lazy else ""
+    memory, ranks = backend.memory(module, optimizers), backend.collectives.world_size
+    parts = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer state": memory.state,
+        "master weights": memory.masters,
+    }
+    text = " + ".join(f"{size / _MEGABYTE:,.1f} {name}" for name, size in parts.items() if size)
+    where = f"on each of {ranks} devices" if ranks > 1 else f"on {backend.device}"
+    unknown = f"; not counted: the state of {', '.join(memory.unknown)}" if memory.unknown else ""
     return (
-        f"{count:,} parameters ({trained:,} trainable, {count - trained:,} frozen){note}; "
-        f"{megabytes:,.1f} MB {where} ({backend.name}, {backend.precision.name})"
+        f"{count:,} parameters ({trained:,} trainable, {count - trained:,} frozen){note}\n"
+        f"{sum(parts.values()) / _MEGABYTE:,.1f} MB {where} ({backend.name}, {backend.precision.name}): {text}{unknown}"
     )
+
+
+def count_parameters(module: nn.Module, backend: Backend) -> tuple[int, int]:
+    """Return how many numbers the parameters of `module` have, and those that train."""
+    parameters = list(module.parameters())
+    return _count(backend, parameters), _count(backend, [p for p in parameters if p.requires_grad])
 
 
 def _count(backend: Backend, parameters: Iterable[Tensor]) -> int:

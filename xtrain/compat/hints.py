@@ -122,7 +122,6 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("Checkpoint", "OnExceptionCheckpoint"), "ModelCheckpoint(save_on_exception=True)"),
     "StochasticWeightAveraging": "xtrain.callbacks.WeightAveraging, with should_update(...) of your own",
     **dict.fromkeys(("RichModelSummary",), "xtrain.callbacks.ModelSummary"),
-    "TQDMProgressBar": "xtrain.callbacks.ProgressBar",
     **dict.fromkeys(("CometLogger", "LitLogger", "NeptuneLogger"),
                     "a class derived from xtrain.loggers.Logger, with log_metrics(metrics, step)"),
     "CheckpointHooks": "LightningModule.on_save_checkpoint and on_load_checkpoint",

@@ -5,7 +5,6 @@ Where the script and the launcher disagree, neither is overridden: that is an er
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 from xtrain.compat.backends import AUTO, FALLBACK, HARDWARE
@@ -16,21 +15,24 @@ from xtrain.launch.join import current_launch
 from xtrain.precision import Precision, resolve_precision
 from xtrain.registry import get_backend_class, registered_backends, third_party_backends
 
-_announced: set[str] = set()
+_warned: set[str] = set()
 
 
 def resolve(
-    chosen: str | Backend, precision: str | int | None, devices: int | str | None
-) -> tuple[str | Backend, Precision]:
-    """Return backend and precision of a Trainer with these arguments in this process.
+    chosen: str | Backend, precision: str | int | None, devices: int | None
+) -> tuple[str | Backend, Precision, str]:
+    """Return backend and precision of a Trainer with these arguments in this process, and where they come from.
 
     Raises:
         ConfigurationError: if one of them contradicts the launcher.
     """
     launch = current_launch()
-    chosen_pair = resolve_backend(chosen, launch), agreed_precision(precision, launch)
-    announce(chosen, precision, devices, launch)
-    return chosen_pair
+    _pass_on_warnings(launch)
+    return (
+        resolve_backend(chosen, launch),
+        agreed_precision(precision, launch),
+        describe(chosen, precision, devices, launch),
+    )
 
 
 def resolve_backend(chosen: str | Backend, launch: Launch) -> str | Backend:
@@ -64,34 +66,32 @@ def agreed_precision(precision: str | int | None, launch: Launch) -> Precision:
     raise ConfigurationError(explain("script and launcher to agree on the precision", received, fix))
 
 
-def announce(backend: str | Backend, precision: str | int | None, devices: int | str | None, launch: Launch) -> None:
-    """Say once, on rank 0, what was chosen and where it comes from; pass on what is suspicious about the launch.
+def describe(backend: str | Backend, precision: str | int | None, devices: int | None, launch: Launch) -> str:
+    """Return what was chosen and where it comes from, for the line at the start of a run.
 
     Args:
-        backend: as given to the Trainer; only ``"auto"`` is explained.
+        backend: as given to the Trainer.
         precision: as given to the Trainer.
         devices: as given to the Trainer.
         launch: what the launcher said.
     """
-    if launch.rank != 0:
-        return
-    for text in launch.warnings:
-        if text not in _announced:
-            warnings.warn(text, UserWarning, stacklevel=4)
-    _announced.update(launch.warnings)
-    if backend != AUTO:
-        return
-    chosen, why = _resolve(launch)
+    name = backend if isinstance(backend, str) else backend.name
+    chosen, why = _resolve(launch) if name == AUTO else (name, "given")
     said = "given" if precision is not None else launch.sources.get("precision", "default")
     counted = f"{launch.launcher}, {launch.sources['world_size']}" if launch.joined else "no launcher"
-    processes = launch.world_size if launch.joined or devices in (None, AUTO) else devices
-    text = (
+    processes = launch.world_size if launch.joined or devices is None else devices
+    return (
         f"xtrain: backend={chosen} ({why}); precision={agreed_precision(precision, launch).name} ({said}); "
         f"processes={processes} ({'given' if processes == devices and not launch.joined else counted})"
     )
-    if text not in _announced:
-        _announced.add(text)
-        print(text, file=sys.stderr, flush=True)
+
+
+def _pass_on_warnings(launch: Launch) -> None:
+    """Say once, on rank 0, what is suspicious about the launch."""
+    for text in launch.warnings if launch.rank == 0 else ():
+        if text not in _warned:
+            _warned.add(text)
+            warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def _resolve(launch: Launch) -> tuple[str, str]:

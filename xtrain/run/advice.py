@@ -1,21 +1,35 @@
-"""Warnings that save an afternoon: what a training does that its author can hardly have meant."""
+"""What is said at the start of a run: one line about it, and what its author can hardly have meant."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from xtrain.callbacks.summary import count_parameters
 from xtrain.configure import LRSchedulerConfig
 from xtrain.errors import ConfigurationError, explain
 from xtrain.run.state import Run
 
 _SHOWN = 3
 _MANY_CORES = 4
+
+
+def introduce(run: Run) -> None:
+    """Say in one line on rank 0 what runs where, and why, unless the run is a bare one."""
+    trainer = run.trainer
+    if not trainer.is_global_zero or trainer.options.barebones or sys.stderr is None:  # pythonw has none
+        return
+    count, trained = count_parameters(run.module, run.backend)
+    text = f"{trainer.origin}; parameters={count:,}" + (f" ({trained:,} trainable)" if trained < count else "")
+    with suppress(OSError, ValueError):  # the terminal has gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def advise(run: Run) -> None:

@@ -56,8 +56,8 @@ class Options:
         benchmark: `torch.backends.cudnn.benchmark` during a run; None leaves it as it is.
         detect_anomaly: `torch.autograd.detect_anomaly` during a fit: slow, names the forward of a NaN.
         profiler: see `xtrain.callbacks.Profiler`; True, or one of Lightning's names, takes its defaults.
-        enable_model_summary: True prints a `xtrain.callbacks.ModelSummary`.
-        barebones: no logger, no bar, no sanity check, nothing read from the device: to measure the training alone.
+        enable_model_summary: print a `xtrain.callbacks.ModelSummary` when a training starts.
+        barebones: no logger, bar, summary or sanity check, nothing read from the device: to measure the training alone.
         fused: let optimizers that torch can fuse (Adam, AdamW, SGD, Adagrad) update all parameters in one call, unless
             their ``fused`` or ``foreach`` was chosen. Faster for small networks; results differ in the last bits.
         compile: "networks" compiles the forward of each network, "step" whole training steps; what cannot be compiled
@@ -76,7 +76,7 @@ class Options:
     benchmark: bool | None = None
     detect_anomaly: bool = False
     profiler: Any = None
-    enable_model_summary: bool = False
+    enable_model_summary: bool | None = None
     barebones: bool = False
     fused: bool = False
     compile: str | None = None
@@ -99,13 +99,15 @@ class Options:
         if self.deterministic:  # cuBLAS reads it when it starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-    def callbacks(self) -> list[Callback]:
-        """Return the callbacks that some of the options are."""
+    def callbacks(self, given: list[Callback]) -> list[Callback]:
+        """Return the callbacks that some of the options are, beside those that were given."""
         from xtrain.callbacks.profiler import as_profiler
         from xtrain.callbacks.summary import ModelSummary
         from xtrain.callbacks.timer import Timer
 
-        found: list[Callback] = [ModelSummary()] if self.enable_model_summary else []
+        wanted = self.enable_model_summary is not False and not self.barebones
+        own = any(isinstance(callback, ModelSummary) for callback in given)
+        found: list[Callback] = [ModelSummary()] if wanted and not own else []
         if self.max_time is not None:
             found.append(Timer(self.max_time))
         if self.profiler not in (None, False):
@@ -125,6 +127,7 @@ class Options:
             "enable_progress_bar": bar,
             "num_sanity_val_steps": sanity,
             "log_every_n_steps": every,
+            "enable_model_summary": self.enable_model_summary,
         }
         wanted = ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
         if wanted:

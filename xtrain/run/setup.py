@@ -20,8 +20,8 @@ from xtrain.metrics.log import MetricLog
 from xtrain.module import LightningModule
 from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
-from xtrain.run.advice import advise
-from xtrain.run.agreement import introduce
+from xtrain.run import agreement
+from xtrain.run.advice import advise, introduce
 from xtrain.run.checks import check_idle, check_methods, odd_optimizers
 from xtrain.run.state import FitPlan, Run, TrainerState
 from xtrain.run.switches import in_effect
@@ -71,7 +71,7 @@ def started_run(
             clean_up.callback(datamodule.teardown, run.called)
         try:
             run.resumption = resume(run)
-            introduce(run)
+            agreement.introduce(run)
             clean_up.enter_context(in_effect(run))
             _set_up(run, plan)
             clean_up.callback(run.life.toggles.clear)
@@ -230,6 +230,7 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
         if run.resumption is not None:
             run.resumption.load_optimizers()
         advise(run)
+    introduce(run)
 
 
 def _prepare_data(run: Run) -> None:

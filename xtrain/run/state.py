@@ -155,6 +155,7 @@ class TrainerState(LightningAttributes):
     # What it was given.
     backend: Backend
     precision: Precision
+    origin: str  # backend, precision and processes, and where they come from: the line at the start of a run
     callbacks: list[Callback]
     loggers: list[Logger]
     default_root_dir: str
@@ -269,6 +270,16 @@ class TrainerState(LightningAttributes):
         """Training batches per epoch; infinity if the loader does not know."""
         batches = None if self.run is None else self.run.plan.batches
         return math.inf if batches is None else batches
+
+    @property
+    def total_batches(self) -> int | float:
+        """Training batches of the current or last fit and those before it; infinity if that is not known."""
+        plan, progress, left = self._of_run().plan, self.progress, math.inf
+        if plan.max_epochs is not None and plan.batches is not None:
+            left = (plan.max_epochs - progress.epoch) * plan.batches - progress.done
+        if self.max_steps >= 0 and self.step_counting == "training":
+            left = min(left, (self.max_steps - self.global_step) * self.accumulate_grad_batches)
+        return progress.batches + max(min(left, plan.steps_left), 0)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
