@@ -79,3 +79,39 @@ def test_a_device_that_waits_for_one_process_is_said(monkeypatch, cores, asynchr
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert any("num_workers=0" in text for text in warned(source)) is expected
     assert torch.is_grad_enabled()
+
+
+def test_an_epoch_without_a_log_point_is_said(tmp_path):
+    def told(every, **options):
+        texts = warned(log_every_n_steps=every, default_root_dir=tmp_path, **options)
+        return [text for text in texts if "log_every_n_steps" in text]
+
+    (text,) = told(5, logger=True)
+    assert "at most the 4 batches of an epoch. Received: 5" in text
+    assert told(4, logger=True) == told(5) == told(5, logger=True, fast_dev_run=2) == []
+
+
+def test_a_training_without_an_end_is_said():
+    class Stops(Small):
+        def on_train_epoch_end(self):
+            self.trainer.should_stop = True
+
+    def told(**options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer("cpu", enable_progress_bar=False, **options).fit(Stops(), loader())
+        return [str(warning.message) for warning in caught]
+
+    (text,) = told()
+    assert "it trains 1000 epochs" in text
+    assert "max_epochs=-1" in text
+    assert told(max_epochs=-1) == told(max_steps=3) == told(max_epochs=5) == []
+
+
+def test_a_step_without_a_loss_is_said_once():
+    class Sometimes(Automatic):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx else super().training_step(batch, batch_idx)
+
+    (text,) = warned(module=Sometimes())
+    assert "a loss from training_step. Received: None" in text

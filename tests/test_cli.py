@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from small import Small, assert_equal, loader, says, trained
 
 from xtrain import ConfigurationError, LightningDataModule, Trainer
-from xtrain.callbacks import EarlyStopping
+from xtrain.callbacks import EarlyStopping, Timer
 from xtrain.cli import LightningCLI
 from xtrain.loggers import CSVLogger
 
@@ -134,3 +135,55 @@ def test_jsonargparse_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(ImportError, match=r"pip install 'xtrain-torch\[cli\]'"):
         command("fit")
+
+
+def test_optimizer_and_scheduler_come_from_the_line(tmp_path):
+    words = ["--optimizer=Adam", "--optimizer.lr=0.25", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
+    words += ["--lr_scheduler.gamma=0.5", "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"]
+
+    class Automatically(Model):
+        def __init__(self, lr: float = 0.5):
+            super().__init__(lr)
+            self.automatic_optimization = True
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch)
+
+    cli = LightningCLI(Automatically, Data, args=["fit", *QUIET, *words])
+    (optimizer,) = cli.trainer.optimizers
+    assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.Adam, 0.25)
+    assert optimizer.param_groups[0]["lr"] == 0.0625
+    layer, data = Small().net, loader(4)
+    by_hand = torch.optim.Adam(layer.parameters(), lr=0.25)
+    for epoch in range(2):
+        by_hand.param_groups[0]["lr"] = 0.25 * 0.5**epoch
+        for batch in data:
+            by_hand.zero_grad()
+            layer(batch).pow(2).mean().backward()
+            by_hand.step()
+    assert_equal(cli.model.net, layer)
+    again = LightningCLI(Automatically, Data, args=["fit", "--config", str(tmp_path / "config.yaml")], **OVERWRITE)
+    assert_equal(again.model.net, layer)
+
+
+OVERWRITE = {"save_config_kwargs": {"overwrite": True}}
+
+
+def test_a_plateau_says_what_it_watches():
+    path = "xtrain.cli.ReduceLROnPlateau"
+    words = ["--optimizer=SGD", f"--lr_scheduler={path}", "--lr_scheduler.monitor=loss", "--lr_scheduler.patience=3"]
+    cli = LightningCLI(Model, args=[*QUIET, *words], run=False)
+    settings = cli.model.configure_optimizers()["lr_scheduler"]
+    assert (settings["monitor"], settings["scheduler"].patience) == ("loss", 3)
+    with pytest.raises(ConfigurationError) as caught:
+        LightningCLI(Model, args=[*QUIET, "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"], run=False)
+    says(caught.value, "--optimizer")
+
+
+def test_times_and_other_types_of_the_trainer(tmp_path):
+    words = ("--trainer.max_time=00:01:00:00", "--trainer.val_check_interval=00:00:00:30", "--trainer.max_epochs=1")
+    cli = command("fit", *words, f"--trainer.default_root_dir={tmp_path}")
+    assert cli.trainer.val_check_interval == timedelta(seconds=30)
+    (timer,) = [c for c in cli.trainer.callbacks if isinstance(c, Timer)]
+    assert 3000 < timer.time_remaining() < 3600
+    assert (tmp_path / "config.yaml").exists()

@@ -107,7 +107,7 @@ def test_a_module_brings_callbacks():
             return Callback()
 
     module = One()
-    _, run = trained(module=module)
+    _, run = trained(module=module, enable_model_summary=False)
     run.max_epochs = 2
     run.fit(module, loader())
     assert [type(c) for c in run.callbacks] == [Callback]

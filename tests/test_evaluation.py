@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 from small import Small, loader, rows, says, trained, trainer
@@ -316,3 +318,33 @@ def test_evaluation_between_two_fits_keeps_the_count():
     run.max_epochs = 2
     run.fit(module, loader())
     assert (run.global_step, run.current_epoch) == (8, 2)
+
+
+@pytest.mark.parametrize("every", ["00:00:00:02", timedelta(seconds=2), {"seconds": 2}])
+@pytest.mark.parametrize("epochs", [1, None])
+def test_validation_after_some_time(every, epochs, monkeypatch):
+    """Each training step and each validation lasts a second of a clock that the test turns."""
+    now = [100.0]
+    monkeypatch.setattr("xtrain.clock.time.monotonic", lambda: now[0])
+    order = []
+
+    class Slow(Small):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            now[0] += 1.0
+            order.append("t")
+
+        def validation_step(self, batch, batch_idx):
+            now[0] += 5.0
+            order.append("v")
+
+    options = {"num_sanity_val_steps": 0, "val_check_interval": every, "check_val_every_n_epoch": epochs}
+    trained(loader(5), Slow(), validate=loader(1), max_epochs=2, **options)
+    assert "".join(order) == "ttv" * 5
+
+
+@pytest.mark.parametrize("wrong", ["00:00:02", {"minute": 1}, "00:00:00:00", timedelta(0)])
+def test_a_time_between_validations_that_means_nothing(wrong):
+    with pytest.raises(ConfigurationError) as caught:
+        trainer(val_check_interval=wrong)
+    says(caught.value, "DD:HH:MM:SS", "val_check_interval='00:00:30:00'")

@@ -57,7 +57,7 @@ def test_callbacks_of_a_module():
 
     other = LambdaCallback(on_train_start=lambda *_: calls.append("trainer"))
     stopping = EarlyStopping("theirs")
-    run = trainer(callbacks=[stopping, other])
+    run = trainer(callbacks=[stopping, other], enable_model_summary=False)
     run.fit(Own(), loader(1))
     assert calls == ["module"]
     assert [type(c) for c in run.callbacks] == [EarlyStopping, LambdaCallback]

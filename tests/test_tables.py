@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import xtrain
@@ -114,3 +115,14 @@ def test_command_is_installed():
     script = Path(sys.executable).with_name("xtrain")
     run = subprocess.run([script, "backends"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "On this machine" in run.stdout
+
+
+@pytest.mark.parametrize("words", [["rules"], ["backends"], ["doctor"]])
+def test_a_reader_that_leaves_is_no_error(words):
+    command = subprocess.Popen(
+        [sys.executable, "-m", "xtrain", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    assert command.wait() == 0
+    command.stderr.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -32,8 +33,12 @@ def check_limit(flag: str, value: Any) -> Any:
 
 
 def check_interval(value: Any, epochs: int | None) -> Any:
-    """Return ``val_check_interval``, which is None, at least one batch, or a fraction in (0, 1]."""
-    fix = "Trainer(val_check_interval=100) or Trainer(val_check_interval=0.25)"
+    """Return ``val_check_interval``: None, at least one batch, a fraction in (0, 1], or a time."""
+    fix = (
+        "Trainer(val_check_interval=100), Trainer(val_check_interval=0.25) or Trainer(val_check_interval='00:00:30:00')"
+    )
+    if isinstance(value, str | timedelta | dict):
+        return read_duration(value, fix)
     if epochs is None and not isinstance(value, int):
         raise ConfigurationError(explain("a number of batches with check_val_every_n_epoch=None", repr(value), fix))
     if value is not None and check_limit("val_check_interval", value) <= 0:
@@ -117,3 +122,28 @@ def check_scaler_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _wrong_scaler_options(expected: str, received: str) -> ConfigurationError:
     fix = "Trainer(scaler_kwargs={'init_scale': 2.0**16, 'growth_interval': 2000})"
     return ConfigurationError(explain(expected, received, fix))
+
+
+def read_duration(
+    value: Any, fix: str = "Trainer(max_time='00:12:00:00') or Trainer(max_time={'hours': 12})"
+) -> timedelta:
+    """Return a duration given as ``"DD:HH:MM:SS"``, as a `timedelta`, or as a dict of its arguments.
+
+    Args:
+        value: the duration.
+        fix: what to write instead of a wrong one.
+
+    Raises:
+        ConfigurationError: for anything else, or no time at all.
+    """
+    duration = None
+    if isinstance(value, timedelta):
+        duration = value
+    elif isinstance(value, str) and re.fullmatch(r"\d+(:\d\d?){3}", value.strip()):
+        days, hours, minutes, seconds = map(int, value.split(":"))
+        duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(value, dict) and value.keys() <= {"weeks", "days", "hours", "minutes", "seconds"}:
+        duration = timedelta(**value)
+    if duration is None or duration <= timedelta(0):
+        raise ConfigurationError(explain("a time as 'DD:HH:MM:SS', a timedelta or a dict", repr(value), fix))
+    return duration

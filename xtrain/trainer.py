@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         fast_dev_run: run so many batches (True: 1) of everything; loggers swallow what they get.
         num_sanity_val_steps: validation batches before training; -1 is all of them.
         check_val_every_n_epoch: epochs between validations; None counts `val_check_interval` across epochs.
-        val_check_interval: training batches (or fraction of an epoch) between validations.
+        val_check_interval: training batches (or fraction of an epoch, or a time as `max_time`) between validations.
         uneven_batches: when ranks have unequally many batches, an epoch ends for all with the first that
             has none (``"drop"``) or the last (``"finish"``; the others repeat their last batch).
         accumulate_grad_batches: batches per step of automatic optimization.
@@ -122,7 +123,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         fast_dev_run: bool | int = False,
         num_sanity_val_steps: int | None = None,
         check_val_every_n_epoch: int | None = 1,
-        val_check_interval: int | float | None = None,
+        val_check_interval: int | float | str | timedelta | dict[str, float] | None = None,
         uneven_batches: str = "drop",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -196,7 +197,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         self.limit_test_batches = quick or check_limit("limit_test_batches", test)
         self.limit_predict_batches = quick or check_limit("limit_predict_batches", predict)
 
-    def _read_validation(self, sanity: int | None, epochs: int | None, interval: int | float | None) -> None:
+    def _read_validation(self, sanity: int | None, epochs: int | None, interval: Any) -> None:
         self.num_sanity_val_steps = 2 if sanity is None else check_count("num_sanity_val_steps", sanity, -1)
         self.check_val_every_n_epoch = check_count("check_val_every_n_epoch", epochs, 1)
         self.val_check_interval = check_interval(interval, epochs)

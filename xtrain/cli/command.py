@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(part, int):
                 return part
             print(part)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `xtrain rules | head` has seen enough; at its exit Python would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except XTrainError as error:
         print(error, file=sys.stderr)
         return int(options.status_of_errors)

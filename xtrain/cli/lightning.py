@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch.optim import Optimizer, lr_scheduler
 
 from xtrain.callbacks.base import Callback
 from xtrain.data.datamodule import LightningDataModule
@@ -24,6 +28,8 @@ _COMMANDS = {
     "test": "run its test_step over the test data",
     "predict": "run its predict_step",
 }
+# Option, class and the argument that only the module can give.
+_OPTIMIZATION = (("optimizer", Optimizer, "params"), ("lr_scheduler", lr_scheduler.LRScheduler, "optimizer"))
 # What the command line makes itself, or what only code can give.
 _FROM_CLI = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
 
@@ -60,12 +66,27 @@ class SaveConfigCallback(Callback):
         self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)
 
 
+class ReduceLROnPlateau(lr_scheduler.ReduceLROnPlateau):
+    """Torch's, which also knows what it watches: ``--lr_scheduler xtrain.cli.ReduceLROnPlateau``.
+
+    Args:
+        optimizer: whose learning rate it changes.
+        monitor: the name of a logged metric.
+        **options: those of torch's class.
+    """
+
+    def __init__(self, optimizer: Optimizer, monitor: str, **options: Any) -> None:
+        super().__init__(optimizer, **options)
+        self.monitor = monitor
+
+
 class LightningCLI:
     """Reads ``fit --model.lr 1e-3 --trainer.backend tpu --config c.yaml``, and runs it.
 
     Every argument of the module's ``__init__`` is an option ``--model.NAME``, typed and documented as there;
     so are ``--data.NAME`` and ``--trainer.NAME``. ``--config`` reads a YAML file of all of them, and
-    ``--print_config`` writes one.
+    ``--print_config`` writes one. ``--optimizer Adam --optimizer.lr 0.01`` and ``--lr_scheduler StepLR
+    --lr_scheduler.step_size 10`` take the place of the module's ``configure_optimizers``.
 
     Args:
         model_class: the module's class.
@@ -164,6 +185,10 @@ class LightningCLI:
         self._add_class(parser, "model", self.model_class)
         if self.datamodule_class is not None:
             self._add_class(parser, "data", self.datamodule_class)
+        for name, kind, skipped in _OPTIMIZATION:
+            parser.add_subclass_arguments(
+                kind, name, skip={skipped}, instantiate=False, required=False, fail_untyped=False
+            )
         self.add_arguments_to_parser(parser)
 
     def _add_class(self, parser: ArgumentParser, name: str, cls: type) -> None:
@@ -183,8 +208,18 @@ class LightningCLI:
         made = parser.instantiate(chosen)
         self.model: LightningModule = made["model"]
         self.datamodule: LightningDataModule | None = made.get("data")
+        self._set_optimizers(chosen)
         self.trainer = self.trainer_class(**self._trainer_arguments(parser, chosen, made["trainer"]))
         self._made = made
+
+    def _set_optimizers(self, config: Namespace) -> None:
+        """Put what the command line says about optimizer and scheduler in the place of the module's own."""
+        optimizer, scheduler = config.get("optimizer"), config.get("lr_scheduler")
+        if optimizer is None and scheduler is not None:
+            fix = "--optimizer Adam beside --lr_scheduler"
+            raise ConfigurationError(explain("an optimizer for --lr_scheduler", "none", fix))
+        if optimizer is not None:
+            self.model.configure_optimizers = partial(_configure, self.model, optimizer, scheduler)  # type: ignore[method-assign]
 
     def _child(self, name: str) -> ArgumentParser:
         return self.parser._subcommands_action._name_parser_map[name]  # type: ignore[union-attr,no-any-return]
@@ -203,3 +238,18 @@ class LightningCLI:
         known = set(inspect.signature(method).parameters) - _FROM_CLI - {"self"}
         data = {} if self.datamodule is None else {"datamodule": self.datamodule}
         method(self.model, **data, **{key: self._made[key] for key in known})
+
+
+def _configure(model: LightningModule, optimizer: Namespace, scheduler: Namespace | None) -> Any:
+    """Do what ``configure_optimizers`` does, as the command line says."""
+    made = _of_class(optimizer, (p for p in model.parameters() if p.requires_grad))
+    if scheduler is None:
+        return made
+    schedule = _of_class(scheduler, made)
+    settings = {"scheduler": schedule, "monitor": schedule.monitor} if hasattr(schedule, "monitor") else schedule
+    return {"optimizer": made, "lr_scheduler": settings}
+
+
+def _of_class(config: Namespace, first: Any) -> Any:
+    module, name = config.class_path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)(first, **vars(config.get("init_args") or config.__class__()))

@@ -42,7 +42,7 @@ def advise(run: Run) -> None:
     if "optimizer_idx" in inspect.signature(module.training_step).parameters:
         fix = "self.automatic_optimization = False; opt_a, opt_b = self.optimizers() in training_step(batch, batch_idx)"
         raise ConfigurationError(explain("training_step(self, batch, batch_idx)", "one with optimizer_idx", fix))
-    texts = [_in_eval_mode(module), _few_workers(run)]
+    texts = [_in_eval_mode(module), _few_workers(run), _rare_logs(run)]
     if not module.automatic_optimization:
         texts += [_ignored_monitor(config) for config in run.schedulers]
     for text in texts:
@@ -68,6 +68,15 @@ def _few_workers(run: Run) -> str | None:
         return None
     received = f"num_workers=0, with {cores} cores"
     return explain("processes that load batches while the device computes", received, "DataLoader(..., num_workers=4)")
+
+
+def _rare_logs(run: Run) -> str | None:
+    """Return a warning if an epoch ends before its first log point, so that each has one row of step values."""
+    every, batches = run.trainer.log_every_n_steps, run.plan.batches
+    if not run.trainer.loggers or run.trainer.fast_dev_run or batches is None or not 0 < batches < every:
+        return None
+    fix = f"Trainer(log_every_n_steps={max(1, batches // 10)})"
+    return explain(f"log_every_n_steps of at most the {batches} batches of an epoch", every, fix)
 
 
 def _in_memory(dataset: Any) -> bool:

@@ -15,6 +15,7 @@ from xtrain.optimizer import LightningOptimizer
 from xtrain.run.state import Run
 
 _NOT_RUN: Any = object()
+_NO_LOSS = explain("a loss from training_step", "None: nothing was trained on that batch", "return loss")
 _CLOSURE = "def optimizer_step(self, epoch, batch_idx, optimizer, closure): optimizer.step(closure=closure)"
 
 
@@ -59,6 +60,7 @@ class AutomaticStep:
             outputs = self._training_step(batch, batch_idx)
             loss = _loss_of(outputs)
             if loss is None:
+                self._life.warn_once(_NO_LOSS)
                 raise _SkipBatchError
             for each in self._life.optimizers if self._run.window == 0 else ():
                 self._module.optimizer_zero_grad(trainer.current_epoch, batch_idx, each)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xtrain.checkpoint.generators import read_generators
+from xtrain.clock import Interval
 from xtrain.collectives import Collectives
 from xtrain.data.batches import size_of, with_last
 from xtrain.data.position import Remembering, own_generators, starting_at, stateful
@@ -27,6 +28,7 @@ class FitPlan:
         max_epochs: where to stop; None is unlimited.
         steps_left: training steps this call may still make.
         val_every: training batches between validations; None validates after the last batch of an epoch.
+        val_time: time between validations, where that decides.
         sanity_batches: validation batches per loader before training.
         ranks: the processes that read together.
         uneven: see ``Trainer(uneven_batches=...)``.
@@ -42,6 +44,7 @@ class FitPlan:
     max_epochs: int | None = None
     steps_left: float = math.inf
     val_every: int | None = None
+    val_time: Interval | None = None
     sanity_batches: int | float | None = 0
     ranks: Collectives = field(default_factory=Collectives)
     uneven: str = "drop"

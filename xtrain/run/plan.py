@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from xtrain.clock import Interval
 from xtrain.data.batches import empty_loader, limited, nothing_left, size_of
 from xtrain.data.sharding import common_size
 from xtrain.errors import ConfigurationError, explain
@@ -42,8 +44,13 @@ def plan_fit(run: Run, train: Any, val: Any, steps: int | None) -> FitPlan:
     max_epochs: int | None = trainer.max_epochs
     if max_epochs is None and trainer.max_steps < 0 and steps is None:
         max_epochs = 1000
+        if trainer.is_global_zero:
+            fix = "Trainer(max_epochs=1000), or max_epochs=-1 for no end"
+            warnings.warn(
+                explain("max_epochs or max_steps", "neither, so that it trains 1000 epochs", fix), stacklevel=2
+            )
     _warn_if_done(trainer, max_epochs)
-    val_loaders = _validation_loaders(run, val)
+    val_loaders, every = _validation_loaders(run, val), trainer.val_check_interval
     return FitPlan(
         ranks=ranks,
         uneven=trainer.uneven_batches,
@@ -54,6 +61,7 @@ def plan_fit(run: Run, train: Any, val: Any, steps: int | None) -> FitPlan:
         max_epochs=None if max_epochs == -1 else max_epochs,
         steps_left=math.inf if steps is None else steps,
         val_every=_validation_interval(trainer, batches) if val_loaders else None,
+        val_time=Interval(every.total_seconds()) if isinstance(every, timedelta) else None,
         sanity_batches=_sanity_batches(trainer),
         again=partial(plan_fit, run, train, val, steps),
     )
@@ -64,7 +72,7 @@ def reload_if_due(run: Run, epochs: int) -> None:
     every, old = run.trainer.options.reload_dataloaders_every_n_epochs, run.plan
     if every and epochs and epochs % every == 0 and old.again is not None:
         run.plan = old.again()
-        run.plan.steps_left = old.steps_left
+        run.plan.steps_left, run.plan.val_time = old.steps_left, old.val_time
 
 
 def _warn_if_done(trainer: TrainerState, max_epochs: int | None) -> None:
@@ -96,8 +104,8 @@ def _sanity_batches(trainer: TrainerState) -> int | float | None:
 
 
 def _validation_interval(trainer: TrainerState, batches: int | None) -> int | None:
-    every: int | float | None = trainer.val_check_interval
-    if every is None or (isinstance(every, float) and every == 1.0):
+    every = trainer.val_check_interval
+    if every is None or isinstance(every, timedelta) or (isinstance(every, float) and every == 1.0):
         return None
     fix = "Trainer(val_check_interval=100) or Trainer(val_check_interval=0.25)"
     if isinstance(every, float):

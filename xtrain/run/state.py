@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from xtrain.callbacks.base import Callback
@@ -169,7 +170,7 @@ class TrainerState(LightningAttributes):
     limit_predict_batches: int | float | None
     num_sanity_val_steps: int
     check_val_every_n_epoch: int | None
-    val_check_interval: int | float | None
+    val_check_interval: int | float | timedelta | None
     uneven_batches: str
     accumulate_grad_batches: int
     gradient_clip_val: float | None

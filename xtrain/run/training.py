@@ -106,8 +106,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             _look_at(run, metrics.flush_step(progress.logged_steps, progress.epoch))
             progress.logged_steps += 1
         progress.batches, progress.done = progress.batches + 1, index + 1
-        if plan.val_loaders and _validation_due(run):
-            evaluate(run, "validate", plan.val_loaders)
+        _validate_if_due(run)
         plan.steps_left -= 1
         if _ends_with(run, last):
             return False
@@ -145,8 +144,7 @@ def _end_early(run: Run) -> None:
 
 def _end_with_validation(run: Run) -> None:
     run.trainer.progress.is_last_batch = True
-    if run.plan.val_loaders and _validation_due(run):
-        evaluate(run, "validate", run.plan.val_loaders)
+    _validate_if_due(run)
 
 
 def _finished(run: Run) -> bool:
@@ -171,6 +169,14 @@ def _look_at(run: Run, checks: dict[str, float]) -> None:
         meet(run, "go on from a log point")
 
 
+def _validate_if_due(run: Run) -> None:
+    plan = run.plan
+    if plan.val_loaders and _validation_due(run):
+        evaluate(run, "validate", plan.val_loaders)
+        if plan.val_time is not None:
+            plan.val_time.restart()
+
+
 def _validation_due(run: Run) -> bool:
     """Return whether validation follows the training batch that just ended."""
     trainer, progress, every = run.trainer, run.trainer.progress, run.plan.val_every
@@ -179,6 +185,8 @@ def _validation_due(run: Run) -> bool:
         return False
     if _stopped(run):  # who stopped the training wants to know what it came to
         return True
+    if run.plan.val_time is not None:
+        return run.plan.val_time.is_over(run.backend)
     if epochs is None:  # batches are counted across epochs
         return progress.batches % (every or 1) == 0
     return progress.is_last_batch if every is None else (progress.batch_idx + 1) % every == 0
