@@ -42,12 +42,19 @@ def advise(run: Run) -> None:
     if "optimizer_idx" in inspect.signature(module.training_step).parameters:
         fix = "self.automatic_optimization = False; opt_a, opt_b = self.optimizers() in training_step(batch, batch_idx)"
         raise ConfigurationError(explain("training_step(self, batch, batch_idx)", "one with optimizer_idx", fix))
-    texts = [_in_eval_mode(module), _few_workers(run), _rare_logs(run)]
+    texts = [_no_end(run), _in_eval_mode(module), _few_workers(run), _rare_logs(run)]
     if not module.automatic_optimization:
         texts += [_ignored_monitor(config) for config in run.schedulers]
     for text in texts:
         if text is not None:
             warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _no_end(run: Run) -> str | None:
+    if run.trainer.max_epochs is not None or run.plan.max_epochs is None:
+        return None
+    fix = "Trainer(max_epochs=1000), or max_epochs=-1 for no end"
+    return explain("max_epochs or max_steps", f"neither, so that it trains {run.plan.max_epochs} epochs", fix)
 
 
 def _in_eval_mode(module: nn.Module) -> str | None:

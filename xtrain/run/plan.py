@@ -44,11 +44,6 @@ def plan_fit(run: Run, train: Any, val: Any, steps: int | None) -> FitPlan:
     max_epochs: int | None = trainer.max_epochs
     if max_epochs is None and trainer.max_steps < 0 and steps is None:
         max_epochs = 1000
-        if trainer.is_global_zero:
-            fix = "Trainer(max_epochs=1000), or max_epochs=-1 for no end"
-            warnings.warn(
-                explain("max_epochs or max_steps", "neither, so that it trains 1000 epochs", fix), stacklevel=2
-            )
     _warn_if_done(trainer, max_epochs)
     val_loaders, every = _validation_loaders(run, val), trainer.val_check_interval
     return FitPlan(
