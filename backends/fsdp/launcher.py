@@ -1,7 +1,4 @@
-"""What ``accelerate launch --use_fsdp`` asks for, read from the environment it sets.
-
-Settings of version 2 are followed. Those of version 1, accelerate's default, mean the same where they shard fully.
-"""
+"""What ``accelerate launch --use_fsdp`` asks for, read from the environment it sets (version 2 of its settings)."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ _REFUSED = {
     "FSDP_IGNORED_MODULES": "FSDP(shard=lambda name, module: ...) for what is sharded",
 }
 
-_FULLY = ("", "1", "full_shard")  # of the sharding strategies of version 1
 _PARALLEL = "PARALLELISM_CONFIG_"
 
 
@@ -40,7 +36,7 @@ def agreed_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict
         value = environ.get(variable, "")
         if value.strip().lower() not in ("", "false", "none", "0"):
             raise ConfigurationError(explain(f"no {variable}", f"{variable}={value}", instead))
-    _check_strategy(environ)
+    _check_axes(environ)
     wanted: dict[str, tuple[Any, str]] = {}
     if _true(environ, "FSDP_OFFLOAD_PARAMS"):
         wanted["offload"] = ("cpu", "FSDP_OFFLOAD_PARAMS=true")
@@ -62,18 +58,12 @@ def agreed_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict
     return options
 
 
-def _check_strategy(environ: Mapping[str, str]) -> None:
-    """Refuse what is sharded less than fully, and what is split along other axes than the batch."""
-    reshard = environ.get("FSDP_RESHARD_AFTER_FORWARD", "").strip().lower()
-    if reshard in ("false", "0", "no", "shard_grad_op", "no_reshard", "no_shard"):
-        received = f"FSDP_RESHARD_AFTER_FORWARD={reshard}: what stays gathered would miss toggles"
+def _check_axes(environ: Mapping[str, str]) -> None:
+    """Refuse layers that stay gathered, and what is split along other axes than the batch."""
+    if environ.get("FSDP_RESHARD_AFTER_FORWARD", "").strip().lower() in ("false", "0", "no"):
+        received = "FSDP_RESHARD_AFTER_FORWARD=false: what stays gathered would miss toggles"
         fix = "fsdp_reshard_after_forward: true"
         raise ConfigurationError(explain("layers that are freed after forward", received, fix))
-    strategy = environ.get("FSDP_SHARDING_STRATEGY", "").strip().lower()
-    if environ.get("FSDP_VERSION", "1") == "1" and strategy not in _FULLY:
-        received = f"FSDP_SHARDING_STRATEGY={strategy.upper()}"
-        fix = "fsdp_version: 2, and FSDP(mesh={'data': n}) for copies, FSDP(replicate=n) for hybrid sharding"
-        raise ConfigurationError(explain("a sharding strategy that shards fully", received, fix))
     for axis in ("TP", "CP", "SP"):
         if _parallel_size(environ, axis) > 1:
             received = f"{_PARALLEL}{axis}_SIZE={_parallel_size(environ, axis)}"

@@ -97,8 +97,6 @@ def test_another_device_than_the_launcher_says(monkeypatch):
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "offload", "cpu"),
         ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "shard", "children"),
         ({}, "shard", "layers"),
-        ({"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, "shard", "layers"),
-        ({"FSDP_SHARDING_STRATEGY": "NO_SHARD"}, "shard", "layers"),  # version 2 does not look at it
         (
             {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
             "axes",
@@ -131,8 +129,6 @@ def test_policies_of_accelerate(variables, groups, monkeypatch):
         {"FSDP_RESHARD_AFTER_FORWARD": "false"},
         {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
         {"FSDP_IGNORED_MODULES": "head.*"},
-        {"FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP", "FSDP_VERSION": "1"},
-        {"FSDP_SHARDING_STRATEGY": "NO_SHARD", "FSDP_VERSION": "1"},
         {"PARALLELISM_CONFIG_TP_SIZE": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
     ],
 )
