@@ -135,6 +135,7 @@ CONFORMANCE = (
 )
 
 _CORE = ("tests/test_*.py",)
+_RECIPES, _SHORT = ("tests/recipes/test_*.py",), ("tests/recipes/test_short_form.py",)
 
 LEGS = {
     "lint": Leg(
@@ -169,6 +170,10 @@ LEGS = {
     "resume": Leg("full", tests=("tests/resume/test_*.py",), usual=4),
     # `xtrain check`: a gallery of modules with planted faults; what user code does to a child process.
     "rehearsal": Leg("full", tests=("tests/rehearsal/test_*.py",), usual=4),
+    # The recipes of examples/ in a short form, and a few steps of each beside a loop by hand.
+    "recipes-on-cpu": Leg("light", tests=_RECIPES),
+    "recipes-on-tpu": Leg("full", tests=_SHORT, variables={**_XLA, "XTRAIN_RECIPES": "tpu"}, usual=3),
+    "recipes-on-deepspeed": Leg("full", tests=_SHORT, variables={**_DEEPSPEED, "XTRAIN_RECIPES": "deepspeed"}),
     # Real processes under every launcher; every command of the page on launching.
     "launch": Leg("full", tests=("tests/launch/test_*.py",), usual=5),
     "loggers": Leg("services", tests=("tests/services/test_*.py",)),

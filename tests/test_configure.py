@@ -252,6 +252,9 @@ class OneCycle(Automatic):
         self.expected = self.trainer.estimated_stepping_batches
         return sgd(self.net)
 
+    def loss(self, batch):
+        return super().loss(rows(2) if batch is None else batch)
+
 
 @pytest.mark.parametrize("endless", [False, True], ids=["5 batches", "endless stream"])
 @pytest.mark.parametrize(
@@ -272,6 +275,13 @@ def test_configure_optimizers_sees_how_long_training_will_be(options, endless):
     module, run = OneCycle(), trainer(**options)
     run.fit(module, itertools.repeat(rows(2)) if endless else loader(5))
     assert module.expected == run.run.life.optimizers[0].step_count == run.global_step
+
+
+@pytest.mark.parametrize("source", [None, loader(9), itertools.repeat(rows(2))], ids=["none", "9 batches", "endless"])
+def test_configure_optimizers_sees_the_steps_that_fit_was_given(source):
+    module, run = OneCycle(), trainer(max_epochs=None)
+    run.fit(module, source, steps=7)
+    assert module.expected == run.global_step == 7
 
 
 def test_how_long_training_will_be_is_infinite_where_nothing_says_it():

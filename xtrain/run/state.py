@@ -284,12 +284,12 @@ class TrainerState(LightningAttributes):
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps automatic optimization will take; infinity if that is not known."""
+        """Optimizer steps automatic optimization will take, or those given to `fit`; infinity if that is not known."""
         plan = self._of_run().plan
+        limit = min(plan.steps_left + self.progress.global_step, math.inf if self.max_steps < 0 else self.max_steps)
         if plan.max_epochs is None or plan.batches is None:
-            return self.max_steps if self.max_steps >= 0 else math.inf
-        total = -(-plan.batches // self.accumulate_grad_batches) * plan.max_epochs
-        return total if self.max_steps < 0 else min(total, self.max_steps)
+            return limit
+        return min(-(-plan.batches // self.accumulate_grad_batches) * plan.max_epochs, limit)
 
     # ---------------------------------------------------------------- the ranks
 
