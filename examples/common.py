@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, TensorDataset
 
-from xtrain import Callback, LightningModule, ProgressBar, Trainer, seed_everything
+from xtrain import Callback, LightningModule, Trainer, seed_everything
 
 try:
     import matplotlib
@@ -60,7 +60,7 @@ def read_option(text: str) -> tuple[str, Any]:
 
 
 def start(options: argparse.Namespace, **others: Any) -> Trainer:
-    """Seed everything and return the Trainer that the flags ask for, with one bar that shows the time left.
+    """Seed everything and return the Trainer that the flags ask for.
 
     Args:
         options: what the parser of `flags` read.
@@ -73,7 +73,6 @@ def start(options: argparse.Namespace, **others: Any) -> Trainer:
         backend_options=dict(options.backend_option),
         precision=options.precision,
         devices=options.devices,
-        callbacks=[*others.pop("callbacks", []), ProgressBar(leave=False)],
         **others,
     )
 

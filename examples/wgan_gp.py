@@ -32,8 +32,8 @@ class Generator(nn.Sequential):
             nn.Linear(WIDTH, WIDTH),
             nn.ReLU(),
             nn.Linear(WIDTH, 64),
-            nn.Tanh(),
             nn.Unflatten(1, (1, 8, 8)),
+            nn.Tanh(),
         )
 
 
