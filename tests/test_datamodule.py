@@ -55,6 +55,25 @@ def test_loaders_of_given_datasets():
     assert str(Data.from_datasets(batches=3)) == "Data(train: 3 batches)"
 
 
+def test_from_datasets_tells_init_what_it_has_an_argument_for():
+    class Sized(LightningDataModule):
+        def __init__(self, other, batch_size=1):
+            super().__init__()
+            self.other, self.batch_size = other, batch_size
+
+    class Anything(LightningDataModule):
+        def __init__(self, **kwargs):
+            super().__init__()
+            self.given = kwargs
+
+    module = Sized.from_datasets(torch.randn(8, 3), batch_size=4, num_workers=0, other=5)
+    assert (module.other, module.batch_size) == (5, 4)
+    given = Anything.from_datasets(torch.randn(8, 3), batch_size=2, other=5).given
+    assert given == {"batch_size": 2, "num_workers": 0, "other": 5}
+    with pytest.raises(TypeError, match="other"):
+        Sized.from_datasets(torch.randn(8, 3))
+
+
 def test_a_datamodule_hears_of_an_exception():
     class Broken(Small):
         def training_step(self, batch, batch_idx):

@@ -288,6 +288,28 @@ def test_step_counting(counting, seen, end):
     assert run.global_step == 4
 
 
+def test_an_optimizer_that_is_kept_from_counting():
+    """Modules that want one count per batch replace two hooks of Lightning's wrapper of the second optimizer."""
+
+    class OneCounts(TwoPhases):
+        def training_step(self, batch, batch_idx):
+            self.optimizers()[1]._on_before_step = self.optimizers()[1]._on_after_step = lambda: None
+            super().training_step(batch, batch_idx)
+
+    module, run = trained(loader(2), OneCounts(), step_counting="optimizer")
+    assert (module.seen, run.global_step) == ([0, 1, 1, 2], 2)
+    assert [opt.step_count for opt in module.optimizers()] == [2, 2]
+
+
+def test_a_clip_value_of_zero_is_no_clipping():
+    """Configurations that are shared by several modules switch clipping off by 0, beside manual optimization, too."""
+    assert trainer(gradient_clip_val=0).gradient_clip_val is None
+    run = trained(loader(2), TwoPhases(), gradient_clip_val=0)[1]
+    assert run.global_step == 2
+    with pytest.raises(ValueError, match="above zero"):
+        trainer(gradient_clip_val=-1)
+
+
 def test_step_counting_is_checked():
     with pytest.raises(ValueError, match="step_counting out of"):
         trainer(step_counting="batches")

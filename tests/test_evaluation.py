@@ -348,3 +348,33 @@ def test_a_time_between_validations_that_means_nothing(wrong):
     with pytest.raises(ConfigurationError) as caught:
         trainer(val_check_interval=wrong)
     says(caught.value, "DD:HH:MM:SS", "val_check_interval='00:00:30:00'")
+
+
+@pytest.mark.parametrize("place", ["sampler", "dataset"])
+def test_loaders_of_evaluation_hear_of_the_epoch(place):
+    """A part of a loader with `set_epoch` gets the number of epochs that were finished, in each evaluation."""
+
+    class Heard:
+        def __init__(self):
+            self.epochs = []
+
+        def __iter__(self):
+            self.epochs.append(self.epoch)
+            return iter([0, 1])
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            self.epochs += [self.epoch] if index == 0 and place == "dataset" else []
+            return torch.ones(3)
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    heard = Heard()
+    heard_rows = torch.utils.data.DataLoader(heard, sampler=heard if place == "sampler" else None)
+    run = trainer(max_epochs=2, num_sanity_val_steps=1)
+    run.fit(Evaluated(), loader(2), heard_rows)
+    run.validate(Evaluated(), heard_rows)
+    assert heard.epochs == [0, 0, 1, 2]

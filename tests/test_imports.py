@@ -55,6 +55,43 @@ def test_paths_that_scripts_use(statement, expected):
     assert expected is None or expected in names.values()
 
 
+@pytest.mark.parametrize(
+    ("statement", "advice"),
+    [
+        ("from xtrain.loggers import CometLogger as Theirs", "xtrain.loggers.Logger"),
+        ("from xtrain.accelerators import MPSAccelerator as Theirs", "Trainer(backend="),
+        ("from xtrain.callbacks import StochasticWeightAveraging as Theirs", "WeightAveraging"),
+        ("from xtrain.tuner import Tuner as Theirs", "Trainer(max_steps=100)"),
+        ("import xtrain as pl; Theirs = pl.callbacks.DeviceStatsMonitor", "max_memory_allocated"),
+    ],
+)
+def test_a_class_that_only_lightning_has_can_be_named_but_not_used(statement, advice):
+    """Types and `isinstance` are what most scripts need it for; whoever makes one or derives from it is told."""
+    names: dict = {}
+    exec(statement, names)
+    theirs = names["Theirs"]
+    assert not isinstance(xtrain.Trainer(), theirs)
+    assert theirs is not None
+    assert not isinstance(xtrain.loggers.CSVLogger("."), (theirs, str))
+    for use in (lambda: theirs(1, save_dir="."), lambda: type("Mine", (theirs,), {})):
+        with pytest.raises(xtrain.ConfigurationError) as caught:
+            use()
+        says(caught.value, theirs.__name__, advice)
+    with pytest.raises(AttributeError) as missing:
+        theirs.is_available()
+    says(missing.value, theirs.__name__, advice)
+
+
+def test_names_of_its_examples(capsys):
+    names: dict = {}
+    exec("from xtrain import cli_lightning_logo\nfrom xtrain.utilities.imports import _TORCHVISION_AVAILABLE", names)
+    exec("from xtrain.utilities.imports import _TORCH_AVAILABLE, _NOTHING_OF_THAT_NAME_AVAILABLE", names)
+    names["cli_lightning_logo"]()
+    assert capsys.readouterr().out == "xtrain\n"
+    assert names["_TORCH_AVAILABLE"]
+    assert not names["_NOTHING_OF_THAT_NAME_AVAILABLE"]
+
+
 def test_a_name_that_nobody_has_stays_an_ordinary_error():
     with pytest.raises(ImportError, match="cannot import name"):
         exec("from xtrain import Trianer")

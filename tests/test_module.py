@@ -280,3 +280,26 @@ def test_saving_in_a_base_class_keeps_the_arguments_of_the_derived_one():
             super().__init__(width=width * 2)
 
     assert Derived(7).hparams == {"size": 7, "width": 4, "depth": 2, "rate": 0.1}
+
+
+# ---------------------------------------------------------------- before super().__init__()
+
+
+def test_plain_attributes_may_come_first():
+    """As in torch: what is no layer and no parameter may be set before ``super().__init__()``."""
+
+    class Early(Small):
+        def __init__(self):
+            self.source, self.shift = "file", torch.ones(1)
+            super().__init__()
+
+    class TooEarly(Small):
+        def __init__(self):
+            self.layer = torch.nn.Linear(1, 1)
+            super().__init__()
+
+    module = trained(loader(2), Early())[0]
+    assert (module.source, module.shift) == ("file", torch.ones(1))
+    with pytest.raises(ConfigurationError) as caught:
+        TooEarly()
+    says(caught.value, "TooEarly", "self.layer", "super().__init__()")

@@ -77,9 +77,9 @@ class GradientLife:
         finally:
             self.in_backward = outer
 
-    def count(self) -> None:
-        """Count a step of an optimizer, where every one counts."""
-        if self.counter is not None:
+    def count(self, optimizer: Any) -> None:
+        """Count a step where every one counts, but for an `optimizer` told by ``_on_after_step``, as in Lightning."""
+        if self.counter is not None and "_on_after_step" not in vars(optimizer):
             self.counter.global_step += 1
 
     def _check_loss(self, loss: Tensor, has_gradient_argument: bool) -> None:

@@ -68,14 +68,10 @@ class LightningModule(Logs, KeepsHyperParameters, ModuleHooks, LightningMethods,
         self.prepare_data_per_node = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_modules" not in self.__dict__:
-            raise ConfigurationError(
-                explain(
-                    f"super().__init__() before the first attribute of {type(self).__name__}",
-                    f"self.{name} = ... on a module that was not initialised",
-                    "def __init__(self): super().__init__(); ...",
-                )
-            )
+        if "_modules" not in self.__dict__ and isinstance(value, nn.Module | nn.Parameter):
+            expected = f"super().__init__() before the first layer of {type(self).__name__}"
+            received = f"self.{name} = ... on a module that was not initialised"
+            raise ConfigurationError(explain(expected, received, "def __init__(self): super().__init__(); ..."))
         if name in _VERBS and not callable(value):
             received, fix = f"self.{name} = {value!r:.40}, which hides the verb", f"self.my_{name} = ..."
             raise ConfigurationError(explain("another name for an attribute", received, fix))

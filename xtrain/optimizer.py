@@ -227,13 +227,13 @@ class LightningOptimizer:
     def _step_on_nothing(self) -> None:
         """Let a training step count in which there was nothing to step on: a schedule by `global_step` goes on."""
         self.phase, self.applied, self._life.stepped = Phase.EMPTY, False, True
-        self._life.count()
+        self._life.count(self)
         self._life.warn_once(NOTHING_TO_STEP.format(optimizer=self))
 
     def _record(self, applied: bool) -> None:
         self.phase = Phase.STEPPED
         self.applied = applied
-        self._life.count()
+        self._life.count(self)
         if applied:
             self.step_count += 1
             self._life.stepped = True

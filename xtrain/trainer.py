@@ -76,7 +76,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         uneven_batches: when ranks have unequally many batches, an epoch ends for all with the first that
             has none (``"drop"``) or the last (``"finish"``; the others repeat their last batch).
         accumulate_grad_batches: batches per step of automatic optimization.
-        gradient_clip_val: clips in automatic optimization.
+        gradient_clip_val: clips in automatic optimization; 0 and None do not.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         log_every_n_steps: training steps between two reads of logged values.
         check_replicas: on several processes, compare parameters and buffers at the end of each epoch (``"epoch"``),
@@ -156,7 +156,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         self._read_validation(num_sanity_val_steps, check_val_every_n_epoch, val_check_interval)
         self.uneven_batches = check_choice("uneven_batches", str(uneven_batches), "drop", "finish")
         self.accumulate_grad_batches = check_count("accumulate_grad_batches", accumulate_grad_batches, 1)
-        self.gradient_clip_val = None if gradient_clip_val is None else check_clip_value(gradient_clip_val)
+        self.gradient_clip_val = check_clip_value(gradient_clip_val) if gradient_clip_val else None  # 0: no clipping
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, "norm", "value")
         self.nonfinite_loss = check_choice("nonfinite_loss", str(nonfinite_loss), "warn", "stop", "ignore")
         self.check_replicas = check_choice("check_replicas", str(check_replicas), "epoch", "off")

@@ -28,6 +28,7 @@ _INSTEAD = {
     "ckpt_path": "the path that you gave",
     "distributed_sampler_kwargs": "nothing: a DataLoader is split over the processes",
     "init_module": "with torch.device('meta'): in configure_model",
+    "profiler": "with torch.profiler.record_function('name'): ...; Trainer(profiler=...) records a trace",
     "precision_plugin": "trainer.precision, trainer.backend",
     "predict_loop": "trainer.predict_dataloaders, trainer.num_predict_batches",
     "received_sigterm": "signal.signal(signal.SIGTERM, ...)",

@@ -3,21 +3,25 @@
 A script that says ``xtrain`` where it said ``lightning.pytorch`` imports ``xtrain.utilities.rank_zero``,
 ``xtrain.callbacks.early_stopping`` and the like. Modules that xtrain does not have under that path are made when
 they are asked for; their names come from the tables below. `install` runs once, at ``import xtrain``.
+
+A class that only Lightning has can be imported, since most scripts name it in a type or in ``isinstance`` alone;
+whoever makes one, derives from it or asks it for something reads what to use.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 from xtrain.compat.hints import HINTS, PLACES
-from xtrain.errors import explain
+from xtrain.errors import ConfigurationError, explain
 
 ROOT = __name__.partition(".")[0]
 
@@ -40,6 +44,7 @@ HERE: dict[str, str] = {
     **dict.fromkeys(("SingleDeviceStrategy", "SingleDeviceXLAStrategy", "Strategy"), "compat.strategies"),
     **dict.fromkeys(("Accelerator", "CPUAccelerator", "CUDAAccelerator", "XLAAccelerator"), "compat.strategies"),
     "XLAStrategy": "compat.strategies",
+    "cli_lightning_logo": "compat.imports",
     "AttributeDict": "hparams:HyperParameters",
     "DataHooks": "hooks:BatchHooks",
     "DummyLogger": "loggers.silent:SilentLogger",
@@ -73,7 +78,7 @@ def find(place: str, name: str) -> Any:
         name: what is imported from it.
 
     Raises:
-        ImportError: for a name that only Lightning has; it says what xtrain has instead.
+        ImportError: for a function that only Lightning has; it says what xtrain has instead, as its classes do.
         AttributeError: for a name that neither of them has.
     """
     if name.startswith("__"):
@@ -87,10 +92,20 @@ def find(place: str, name: str) -> Any:
     if name in HERE:
         source, _, attribute = HERE[name].partition(":")
         return getattr(import_module(f"{ROOT}.{source}".rstrip(".")), attribute or name)
+    if place == "utilities.imports" and name.endswith("_AVAILABLE"):
+        return find_spec(name.removesuffix("_AVAILABLE").strip("_").lower()) is not None
     hint = HINTS.get(name) or PLACES.get(place)
     if hint is None:
         raise AttributeError(f"module {f'{ROOT}.{place}'.rstrip('.')!r} has no attribute {name!r}")
-    raise ImportError(explain(f"a name that {ROOT} has", f"{name}, which only Lightning has ({place or ROOT})", hint))
+    explanation = explain(f"a name that {ROOT} has", f"{name}, which only Lightning has ({place or ROOT})", hint)
+    if name[0].isupper() and not name.isupper():
+        return absent_class(name, explanation)
+    raise ImportError(explanation)
+
+
+def cli_lightning_logo() -> None:
+    """Print one line with the name of the library, where Lightning's examples print a logo."""
+    print(ROOT)
 
 
 def in_place_of(value: Any) -> str | None:
@@ -101,6 +116,48 @@ def in_place_of(value: Any) -> str | None:
             within = next((part for part in place if part in ("callbacks", "loggers")), "")
             return f"from {f'{ROOT}.{within}'.rstrip('.')} import {cls.__name__}  # not from {root}"
     return None
+
+
+class AbsentClass(type):
+    """The type of the classes that only Lightning has: nothing is an instance of them, and using one raises.
+
+    Attributes:
+        explanation: what to use instead.
+    """
+
+    explanation: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to make an object.
+
+        Raises:
+            ConfigurationError: always; it says what to use.
+        """
+        raise ConfigurationError(cls.explanation)
+
+    def __getattr__(cls, name: str) -> Any:
+        """Refuse an attribute of the class, such as ``MPSAccelerator.is_available``.
+
+        Raises:
+            AttributeError: always; it says what to use.
+        """
+        raise AttributeError(cls.explanation)
+
+
+@cache
+def absent_class(name: str, explanation: str) -> type:
+    """Return the class that stands for Lightning's class `name`, which is not here.
+
+    Args:
+        name: its name.
+        explanation: the text of the error of whoever uses it.
+    """
+
+    def derive(cls: Any, /, **kwargs: Any) -> None:
+        raise ConfigurationError(explanation)
+
+    body = {"explanation": explanation, "__doc__": explanation, "__init_subclass__": classmethod(derive)}
+    return AbsentClass(name, (), body)
 
 
 def _from_inner_to_outer(place: str) -> list[ModuleType]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -59,15 +60,18 @@ class LightningDataModule(KeepsHyperParameters, BatchHooks):
             val_dataset: of validation, in the same forms.
             test_dataset: of testing.
             predict_dataset: of prediction.
-            batch_size: rows per batch.
-            num_workers: processes per loader.
+            batch_size: rows per batch; ``__init__`` gets it as well if it has an argument of this name.
+            num_workers: processes per loader; the same.
             **kwargs: of the class's ``__init__``.
 
         Example:
             >>> print(LightningDataModule.from_datasets(torch.randn(8, 3), batch_size=2))
             LightningDataModule(train: 4 batches)
         """
-        module = cls(**kwargs)
+        known = signature(cls).parameters
+        any_name = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values())
+        both = {"batch_size": batch_size, "num_workers": num_workers}
+        module = cls(**{name: value for name, value in both.items() if any_name or name in known}, **kwargs)
         given = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
         for stage, datasets in given.items():
             if datasets is not None:

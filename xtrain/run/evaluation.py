@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from xtrain.data.batches import empty_loader, limited, nothing_left, size_of, with_last
+from xtrain.data.sharding import set_epoch
 from xtrain.errors import ConfigurationError, explain
 from xtrain.run.agreement import meet
 from xtrain.run.state import Run
@@ -39,6 +40,8 @@ def evaluate(run: Run, stage: str, loaders: list[Any]) -> list[Any]:
     if stage == "validate" and run.called == "fit" and not run.accumulating:
         run.call("on_validation_model_zero_grad")
     metric_stage: Any = stage if stage != "predict" else "idle"
+    for loader in loaders:
+        set_epoch(loader, run.trainer.current_epoch)
     meet(run, f"begin {name}")
     with run.metrics.stage(metric_stage), _stage(run, stage), _in_eval_mode(run, name):
         run.call(f"on_{name}_start")
