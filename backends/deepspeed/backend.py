@@ -17,6 +17,7 @@ from xtrain.checks import check_timeout
 from xtrain.contract import Capabilities, OptimizerHandle
 from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.launch.join import current_launch
+from xtrain.layouts import Layout
 from xtrain.memory import Memory, memory_of
 from xtrain.tensors import move_module
 
@@ -53,6 +54,11 @@ class DeepSpeed(ScalingBackend):
     """
 
     name = "deepspeed"
+    layouts = (
+        Layout("backend_options={'stage': 0}"),
+        Layout("backend_options={'stage': 2}", state=True, masters=True),
+        Layout("backend_options={'stage': 3}", parameters=True, state=True),
+    )
     capabilities = Capabilities(
         precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
         reevaluating_closures=False,

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
+from xtrain.layouts import Layout
 from xtrain.memory import Memory, memory_of
 from xtrain.scaler import LossScaler
 from xtrain.tensors import map_tensors
@@ -62,6 +63,10 @@ class FSDP(EagerBackend):
     """
 
     name = "fsdp"
+    layouts = (
+        Layout(parameters=True, state=True),
+        Layout("backend_options={'reduce': 'backward'}", parameters=True, state=True, gradients=True),
+    )
     capabilities = Capabilities(
         precisions=frozenset({"32-true", "16-mixed", "bf16-mixed", "bf16-true"}),
         multi_process=True,

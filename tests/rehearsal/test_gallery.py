@@ -2,8 +2,8 @@
 
 A module of the gallery is a file with a class `Model`. Its faults are marked at their lines by ``# planted: ID``
 (several with commas; ``at no line`` behind it where there is none to name). `BATCH` (a SPEC of ``--batch``) or a
-function `loader` gives its data, unless the module has its own; `DEVICES`, `TARGETS` and `CHECKS` are passed on.
-Without `CHECKS` the checks of the common group run, all others cost seconds.
+function `loader` gives its data, unless the module has its own; `DEVICES`, `MEMORY`, `TARGETS` and `CHECKS` are
+passed on. Without `CHECKS` the checks of the common group run, all others cost seconds.
 
 The module is loaded here, as a child would load it, and the children are forks: each costs no import of torch.
 """
@@ -47,6 +47,7 @@ def test_what_is_planted_is_found_and_nothing_else(path, monkeypatch):
     settings = Settings(
         targets=getattr(module, "TARGETS", ()),
         devices=getattr(module, "DEVICES", None),
+        memory=getattr(module, "MEMORY", None),
         checks=getattr(module, "CHECKS", COMMON),
     )
     report = rehearse(source, settings, load_subject(source))

@@ -24,7 +24,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _of_finding(finding)
     if report.figures:
         yield ""
-        yield from _wrapped("figures  ", ", ".join(_figure(name, value) for name, value in report.figures.items()))
+        yield from _of_figures(report.figures)
     for skipped in report.skipped:
         yield from _wrapped("not looked at: ", f"{skipped.check}: {skipped.reason}")
     yield f"{report.seconds:.0f} s; what an id means: docs/check.md; --ignore ID silences one"
@@ -63,5 +63,16 @@ def _counts(report: Report) -> str:
     return f"{errors} error{'' if errors == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}"
 
 
-def _figure(name: str, value: Any) -> str:
-    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+def _of_figures(figures: dict[str, Any]) -> Iterator[str]:
+    """Yield single numbers together, and each table on lines of its own."""
+    single = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    yield from _wrapped("figures  ", ", ".join(f"{name} {_figure(value)}" for name, value in single.items()))
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _wrapped(f"{_INDENT}{name}: ", ", ".join(f"{key} {_figure(v)}" for key, v in value.items()))
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
