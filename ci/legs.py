@@ -78,8 +78,10 @@ HARDWARE = {
 ENVIRONMENTS = {
     "light": Environment(("test", "dev", "docs"), ("torch==2.13.0",)),
     "full": Environment(("test",), ("torch==2.9.1", "torch_xla==2.9.0", "deepspeed==0.19.8", "accelerate==1.15.0")),
-    # Packages of services, which bring much with them; offline.
-    "services": Environment(("test", "wandb", "mlflow", "aim"), ("torch==2.13.0",)),
+    # Packages of services and of notebooks, which bring much with them; offline.
+    "services": Environment(
+        ("test", "wandb", "mlflow", "aim"), ("torch==2.13.0", "ipykernel>=6.29", "ipywidgets>=8.1", "nbclient>=0.10")
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 from xtrain import registry
-from xtrain.launch.join import read_launch
+from xtrain.launch.join import _read_launch
 
 
 def pytest_addoption(parser):
@@ -51,6 +51,6 @@ def _own_backends_only(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_launch_is_remembered():
     """A process reads its launcher's variables once; a test that sets some is a process of its own here."""
-    read_launch.cache_clear()
+    _read_launch.cache_clear()
     yield
-    read_launch.cache_clear()
+    _read_launch.cache_clear()

@@ -26,6 +26,12 @@ GRACE = 5.0
 """Seconds a process may take to notice that another one failed, before it is ended."""
 _POLL = 0.1
 _PARENT, _FOLLOWER = "XTRAIN_PARENT_PID", "XTRAIN_FOLLOWS"
+_INTERACTIVE = "an interactive session, which has no script"
+_FORK = (
+    "def train(): Trainer(...).fit(...)  # makes everything itself, in a kernel that has not used CUDA yet\n"
+    "      from accelerate import notebook_launcher; notebook_launcher(train, num_processes=2)\n"
+    "     "
+)
 _START_DIRECTORY = os.getcwd()  # noqa: PTH109  # where the command was given: the script may leave it before fit
 
 
@@ -218,6 +224,8 @@ def own_command(arguments: Sequence[str] | None = None) -> list[str]:
     reason = _not_repeatable(given)
     if reason is not None:
         fix = "put the code in a file; python file.py, or torchrun --nproc_per_node=2 file.py"
+        if reason == _INTERACTIVE:
+            fix = f"{_FORK}, or {fix}"
         raise LaunchError(
             explain("a command that can be run again for every rank, as Trainer(devices=2) does", reason, fix)
         )
@@ -230,7 +238,7 @@ def _not_repeatable(arguments: Sequence[str]) -> str | None:
     top = (getattr(spec, "name", None) or "").split(".")[0]
     file = os.path.basename(getattr(main, "__file__", None) or "")  # noqa: PTH119  # also of paths that do not exist
     if hasattr(sys, "ps1") or sys.flags.interactive or file == "ipykernel_launcher.py":
-        return "an interactive session, which has no script"
+        return _INTERACTIVE
     if top in ("pytest", "unittest") or file in ("pytest", "py.test"):
         return f"{top or file}, which would run the whole test session again"
     multiprocessing = sys.modules.get("multiprocessing")

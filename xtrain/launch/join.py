@@ -101,9 +101,18 @@ def current_launch() -> Launch:
     return read_launch() if _world is None else _world.launch
 
 
-@cache
+_PROCESS, _RANK = os.getpid(), os.environ.get("RANK")
+
+
 def read_launch() -> Launch:
-    """Return what the environment says, read once: a process does not change its place."""
+    """Return what the environment says, read once: a process does not change its place, but a fork may have another."""
+    rank = os.environ.get("RANK")
+    return _read_launch(None if os.getpid() == _PROCESS or rank == _RANK else rank)
+
+
+@cache
+def _read_launch(fork: str | None) -> Launch:
+    """Read it for this process, or for the `fork` of it that has another rank, as in a notebook."""
     return detect_launcher(os.environ, _parent_command(), any(map(os.isatty, range(3))))
 
 
