@@ -130,3 +130,19 @@ def test_a_strategy_made_by_hand_runs_nothing():
     with pytest.raises(ProtocolError) as caught:
         DDPStrategy().barrier()
     says(caught.value, "self.trainer.strategy")
+
+
+def test_every_device_is_a_number_that_torch_knows():
+    with pytest.raises(ConfigurationError) as caught:
+        trainer(devices=-1)
+    says(caught.value, "devices=torch.accelerator.device_count()")
+
+
+def test_settings_are_read_as_from_lightnings():
+    run = trainer(min_epochs=2, min_steps=3, overfit_batches=4)
+    assert (run.min_epochs, run.min_steps, run.overfit_batches, run.barebones) == (2, 3, 4, False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
+def test_how_lightning_forks_is_what_the_launcher_does(strategy):
+    assert trainer(accelerator="cpu", strategy=strategy).backend.name == "cpu"

@@ -101,6 +101,12 @@ def test_objects_of_lightning_get_the_import_line():
     with pytest.raises(ConfigurationError) as caught:
         trainer(callbacks=[lightnings("EarlyStopping", "pytorch_lightning.callbacks.early_stopping")()])
     says(caught.value, "from xtrain.callbacks import EarlyStopping")
+    with pytest.raises(ConfigurationError) as caught:
+        trainer(strategy=lightnings("DDPStrategy", "lightning.pytorch.strategies.ddp")())
+    says(caught.value, "from xtrain.strategies import DDPStrategy")
+    with pytest.raises(ConfigurationError) as caught:
+        trainer().fit(Small(), datamodule=lightnings("LightningDataModule", "lightning.pytorch.core.datamodule")())
+    says(caught.value, "from xtrain import LightningDataModule")
 
 
 def test_a_logger_that_has_the_methods_of_one():

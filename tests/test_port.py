@@ -5,6 +5,7 @@ Lightning itself (2.6.6) was run on the same source: its parameters equal those 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +17,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
 SOURCE = Path(__file__).with_name("written_for_lightning.py").read_text(encoding="utf-8")
-THEIRS, OURS = "from lightning.pytorch import LightningModule", "from xtrain import LightningModule"
+PAGE = Path(__file__).parent.parent.joinpath("docs", "moving.md").read_text(encoding="utf-8")
+# The change that the page "Moving over" asks for.
+THEIRS, OURS = (re.search(rf"^ *\{sign}import (\S+) as pl$", PAGE, re.MULTILINE)[1] for sign in "-+")
 EPOCHS = 4
 
 
 @pytest.fixture(scope="module")
 def ported():
-    assert SOURCE.count("lightning.pytorch") == SOURCE.count(THEIRS) == 1
+    assert THEIRS == "lightning.pytorch"
+    assert SOURCE.count(THEIRS) == 1
     names: dict = {}
     exec(compile(SOURCE.replace(THEIRS, OURS), "written_for_lightning.py", "exec"), names)
     return SimpleNamespace(**names)

@@ -110,12 +110,13 @@ class ReturnsNone(Automatic):
     def training_step(self, batch, batch_idx): ...
 
 
+@pytest.mark.filterwarnings("ignore:Expected a loss from training_step")
 @pytest.mark.parametrize("module", [Doing(lambda *_: None), ReturnsNone()], ids=["manual", "automatic"])
 def test_no_step_in_the_first_epoch_is_told_once(module):
     with pytest.warns(UserWarning, match="a step of an optimizer") as caught:
         trained(module=module, max_epochs=3)
-    assert len(caught) == 1
-    says(caught[0].message, "a step of an optimizer", "none of optimizer 0 (SGD) in 4 batches", "opt.step()")
+    (said,) = [w for w in caught if "a step of an optimizer" in str(w.message)]
+    says(said.message, "none of optimizer 0 (SGD) in 4 batches", "opt.step()")
 
 
 def test_no_step_in_a_thousand_batches_is_told_before_the_epoch_ends():

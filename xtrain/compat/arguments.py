@@ -75,6 +75,9 @@ def read_devices(devices: Any) -> Any:
     """
     if devices in (None, "auto"):
         return None
+    if devices in (-1, "-1"):
+        fix = "Trainer(devices=torch.accelerator.device_count())"
+        raise ConfigurationError(f"Expected a number of devices. Received: devices={devices!r}.\nFix:  {fix}")
     if isinstance(devices, str) and devices.strip().isdecimal():
         return int(devices)
     text = devices.strip(" ,") if isinstance(devices, str) else ""

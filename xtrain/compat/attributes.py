@@ -95,6 +95,11 @@ class LightningAttributes:
         run = self.run
         return None if run is None else run.module
 
+    min_epochs = property(lambda self: self.options.min_epochs, doc="Epochs before anybody may stop the training.")
+    min_steps = property(lambda self: self.options.min_steps, doc="Training steps before that.")
+    overfit_batches = property(lambda self: self.options.overfit_batches, doc="What it trains and validates on.")
+    barebones = property(lambda self: self.options.barebones, doc="Whether nothing but the training runs.")
+
     # ---------------------------------------------------------------- where it runs
 
     @property

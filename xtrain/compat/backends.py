@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from xtrain.compat.imports import in_place_of
 from xtrain.compat.strategies import Accelerator, Strategy
 from xtrain.contract import Backend
 from xtrain.errors import ConfigurationError, UnknownBackendError, explain
@@ -21,7 +22,8 @@ ACCELERATORS: Spellings = {
 }
 # Strategies that only say how processes start are None: the launcher decides that.
 STRATEGIES: Spellings = {
-    **dict.fromkeys(("auto", "single_device", "ddp", "ddp_spawn", "ddp_find_unused_parameters_true"), (None, {})),
+    **dict.fromkeys(("auto", "single_device", "ddp", "ddp_find_unused_parameters_true"), (None, {})),
+    **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), (None, {})),  # which the run itself explains, if it must
     "single_tpu": ("tpu", {}),
     "xla": ("tpu", {}),
     "deepspeed": ("deepspeed", {}),
@@ -115,7 +117,8 @@ def _look_up(flag: str, value: Any, table: Spellings) -> tuple[str | None, Mappi
     for cls in third_party_backends():  # imported only for a spelling that nobody else knows
         if value in cls.spellings:
             return cls.name, cls.spellings[value]
-    raise ConfigurationError(explain(f"{flag} out of {sorted(table)}", repr(value), "Trainer(backend='cpu')"))
+    fix = in_place_of(value) or "Trainer(backend='cpu')"
+    raise ConfigurationError(explain(f"{flag} out of {sorted(table)}", f"{value!r:.80}", fix))
 
 
 def replica_rank() -> int | None:

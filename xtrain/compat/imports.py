@@ -113,7 +113,7 @@ def in_place_of(value: Any) -> str | None:
     for cls in type(value).__mro__:
         root, *place = cls.__module__.split(".")
         if root in ("lightning", "pytorch_lightning"):
-            within = next((part for part in place if part in ("callbacks", "loggers")), "")
+            within = next((part for part in place if part in ("callbacks", "loggers", "strategies")), "")
             return f"from {f'{ROOT}.{within}'.rstrip('.')} import {cls.__name__}  # not from {root}"
     return None
 

@@ -75,7 +75,8 @@ def check_datamodule(loaders: Mapping[str, Any], datamodule: Any) -> None:
         return
     fix = "trainer.fit(model, datamodule=MyData())"
     if not isinstance(datamodule, LightningDataModule):
-        raise ConfigurationError(explain("a LightningDataModule", f"{datamodule!r:.60}", fix))
+        line = in_place_of(datamodule) or fix
+        raise ConfigurationError(explain("a LightningDataModule", f"{datamodule!r:.60}", line))
     for name, loader in loaders.items():
         own = getattr(datamodule, name, None)
         if loader is not None and own is not None and is_overridden(name, datamodule, LightningDataModule):
