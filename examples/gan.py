@@ -100,6 +100,7 @@ class DigitGAN(LightningModule):
         noise = torch.randn(len(labels), NOISE, device=labels.device, dtype=self.dtype)
         return self.generator(noise, labels)
 
+    # --8<-- [start:step]
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         real, labels = batch
         opt_g, opt_d = self.optimizers()
@@ -123,6 +124,8 @@ class DigitGAN(LightningModule):
             opt_g.step()
 
         self.log_dict({"loss_g": loss_g, "loss_d": loss_d}, prog_bar=True, on_step=False, on_epoch=True)
+
+    # --8<-- [end:step]
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.sample(batch)

@@ -20,6 +20,20 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, m.start(3)) + 1, m[3]) for m in _BLOCK.finditer(text) if m[2] == language]
 
 
+def snippet(path: str, section: str) -> str:
+    """Return the lines of a file between ``--8<-- [start:section]`` and its end, as the site includes them.
+
+    Raises:
+        ValueError: if the file has no such section.
+    """
+    text = (ROOT / path).read_text(encoding="utf-8")
+    _, start, rest = text.partition(f"# --8<-- [start:{section}]\n")
+    lines, end, _ = rest.partition(f"# --8<-- [end:{section}]")
+    if not (start and end):
+        raise ValueError(f"no section {section!r} in {path}")
+    return lines.rstrip(" ")
+
+
 def execute(path: Path, module: str) -> None:
     """Run the ``python`` blocks of a page in one namespace; tracebacks name the page's lines.
 

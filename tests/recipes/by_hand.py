@@ -175,14 +175,15 @@ def ppo(m, world, iterations):
                 seen = world.observations
                 policy = m.actor(seen)
                 actions = policy.sample()
-                rewards, ended, done, last = world.step(actions)
-                target = m.task.scale * rewards + m.task.gamma * torch.where(ended, 0.0, m.critic(last)[:, 0])
-                rows.append([seen, actions, policy.log_prob(actions), target - m.critic(seen)[:, 0], done])
-            running = torch.zeros(len(done))
-            for row in reversed(rows):
-                running = row[3] + m.task.gamma * m.task.lam * torch.where(row[4], 0.0, running)
-                row[3:] = [running, running + m.critic(row[0])[:, 0]]
-        data = [torch.cat(column) for column in zip(*rows, strict=True)]
+                rows.append([seen, actions, policy.log_prob(actions), *world.step(actions)])
+            seen, actions, before, rewards, ended, done, last = (
+                torch.stack(column) for column in zip(*rows, strict=True)
+            )
+            values, following = m.critic(seen)[..., 0], m.critic(last)[..., 0] * (1 - ended.float())
+            gains, running = m.task.scale * rewards + m.task.gamma * following - values, torch.zeros(done.shape[1])
+            for k in range(horizon - 1, -1, -1):
+                gains[k] = running = gains[k] + m.task.gamma * m.task.lam * (1 - done[k].float()) * running
+        data = [column.flatten(0, 1) for column in (seen, actions, before, gains, gains + values)]
         for _ in range(passes):
             for chosen in torch.randperm(len(data[0])).split(minibatch):
                 seen, actions, before, gain, returns = (column[chosen] for column in data)
