@@ -10,8 +10,9 @@ import pickle
 import pytest
 import torch
 from small import SCALED, Small, assert_equal, loader, net, rows, says, trained, trainer
+from xtrain.core.mixins import HyperparametersMixin
 
-from xtrain import ConfigurationError, LightningModule, ProtocolError
+from xtrain import ConfigurationError, LightningDataModule, LightningModule, ProtocolError
 from xtrain.callbacks import Callback
 
 # ---------------------------------------------------------------- copies
@@ -303,3 +304,53 @@ def test_plain_attributes_may_come_first():
     with pytest.raises(ConfigurationError) as caught:
         TooEarly()
     says(caught.value, "TooEarly", "self.layer", "super().__init__()")
+
+
+# ---------------------------------------------------------------- hyperparameters of base classes and DataModules
+
+
+@pytest.mark.parametrize("ignore", ["net", ["net"]])
+def test_a_derived_class_leaves_out_what_its_base_kept(ignore):
+    class Base(Small):
+        def __init__(self, net, lr):
+            super().__init__()
+            self.save_hyperparameters()
+
+    class Derived(Base):
+        def __init__(self, net, lr):
+            super().__init__(net, lr)
+            self.save_hyperparameters(ignore=ignore)
+
+    module = Derived("large", 0.1)
+    assert module.hparams == module.hparams_initial == {"lr": 0.1}
+    assert Base("large", 0.1).hparams == {"net": "large", "lr": 0.1}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_module_and_datamodule_agree_on_what_they_both_keep(size):
+    class Data(LightningDataModule):
+        def __init__(self, size, weights):
+            super().__init__()
+            self.save_hyperparameters()
+            self.train_dataloader = lambda: loader(1)
+
+    class Module(Small):
+        def __init__(self, size, weights):
+            super().__init__()
+            self.save_hyperparameters()
+
+    module, data = Module(2, torch.ones(2)), Data(size, torch.ones(2))
+    if size == 2:
+        trainer(logger=False).fit(module, datamodule=data)
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        trainer().fit(module, datamodule=data)
+    says(caught.value, "size=3 and size=2", "save_hyperparameters(ignore='size')")
+
+
+def test_a_class_of_ones_own_keeps_hyperparameters():
+    class Config(HyperparametersMixin):
+        def __init__(self, lr=0.1):
+            self.save_hyperparameters()
+
+    assert Config(lr=0.3).hparams == {"lr": 0.3}

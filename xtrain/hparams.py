@@ -50,7 +50,7 @@ class KeepsHyperParameters:
 
         Args:
             *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead.
-            ignore: names to leave out.
+            ignore: names to leave out, and to drop where a base class has kept them.
             logger: also send them to the loggers when a run starts.
 
         Raises:
@@ -65,27 +65,56 @@ class KeepsHyperParameters:
             0.3
         """
         frame = inspect.currentframe()
-        values = read_hyperparameters(names, ignore, self, None if frame is None else frame.f_back)
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
+        values = read_hyperparameters(names, ignored, self, None if frame is None else frame.f_back)
         self._log_hparams = logger
-        vars(self).setdefault("_hparams_initial", HyperParameters()).update(values)
-        self.hparams.update(values)
+        for kept in (vars(self).setdefault("_hparams_initial", HyperParameters()), self.hparams):
+            kept.update(values)
+            for name in ignored & kept.keys():
+                del kept[name]
+
+
+def merged(owners: Iterable[KeepsHyperParameters]) -> dict[str, Any]:
+    """Return what all of `owners` kept, for the loggers.
+
+    Args:
+        owners: a DataModule and a module.
+
+    Raises:
+        ConfigurationError: for a name that they kept with different values.
+    """
+    values: dict[str, Any] = {}
+    for owner in owners:
+        for name, value in owner.hparams.items():
+            if name in values and not _same(values[name], value):
+                received = f"{name}={values[name]!r:.60} and {name}={value!r:.60}"
+                fix = f"self.save_hyperparameters(ignore={name!r}) in one of them, or logger=False"
+                raise ConfigurationError(explain("one value of a name in module and DataModule", received, fix))
+            values[name] = value
+    return values
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, TypeError, ValueError):  # arrays and tensors, which compare by item
+        return repr(one) == repr(other)
 
 
 def read_hyperparameters(
-    chosen: tuple[Any, ...], ignore: Iterable[str] | str | None, owner: Any, frame: FrameType | None
+    chosen: tuple[Any, ...], ignored: set[str], owner: Any, frame: FrameType | None
 ) -> dict[str, Any]:
     """Return the hyperparameters that a call of ``save_hyperparameters`` means.
 
     Args:
         chosen: names of arguments, or one dict or `argparse.Namespace`; empty means all arguments.
-        ignore: names to leave out.
+        ignored: names to leave out.
         owner: the module.
         frame: the frame of the caller, an ``__init__``.
 
     Raises:
         ConfigurationError: for a name that is no argument, or another caller.
     """
-    ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
     if len(chosen) == 1 and isinstance(chosen[0], Mapping | Namespace):
         values = dict(chosen[0]) if isinstance(chosen[0], Mapping) else vars(chosen[0])
         return {name: value for name, value in values.items() if name not in ignored}

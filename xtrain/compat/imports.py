@@ -46,6 +46,7 @@ HERE: dict[str, str] = {
     "XLAStrategy": "compat.strategies",
     "cli_lightning_logo": "compat.imports",
     "AttributeDict": "hparams:HyperParameters",
+    "HyperparametersMixin": "hparams:KeepsHyperParameters",
     "DataHooks": "hooks:BatchHooks",
     "DummyLogger": "loggers.silent:SilentLogger",
     "LRSchedulerConfig": "configure",

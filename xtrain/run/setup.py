@@ -14,6 +14,7 @@ from xtrain.contract import Backend, Situation
 from xtrain.data.datamodule import LightningDataModule, make_transfer
 from xtrain.errors import BackendUnavailableError, ProtocolError, explain
 from xtrain.hooks import collect_hooks, is_overridden
+from xtrain.hparams import merged
 from xtrain.launch.join import fail_as_one
 from xtrain.life import GradientLife
 from xtrain.metrics.log import MetricLog
@@ -220,7 +221,7 @@ def _set_up(run: Run, plan: Callable[[Run], FitPlan]) -> None:
     if run.resumption is not None:
         run.resumption.load_module()
     owners = [owner for owner in (run.datamodule, module) if owner is not None and owner._log_hparams]
-    kept = {name: value for owner in owners for name, value in owner.hparams.items()}
+    kept = merged(owners)
     for logger in run.metrics.loggers if kept else ():
         logger.log_hyperparams(kept)
     run.backend.setup_module(module)  # before loaders are asked for: making them may use the module on its device
