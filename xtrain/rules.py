@@ -170,14 +170,6 @@ RULES: tuple[Rule, ...] = (
         _no_compiler,
     ),
     Rule(
-        "compile-scaling",
-        "compile='step' with 16-mixed",
-        "Whether a gradient overflowed is read on the host before each optimizer steps.",
-        "Trainer(precision='bf16-mixed', compile='step'), or compile='networks'",
-        _COMPILE,
-        lambda s: f"compile={s.compile!r}" if _whole_step(s) and s.precision.loss_scaling else None,
-    ),
-    Rule(
         "compile-processes",
         "compile='step' with several processes",
         "The ranks agree on the host, in the middle of the step, on which gradients there are.",

@@ -75,7 +75,7 @@ class LossScaler:
         restored = []
         for optimizer in optimizers:
             if optimizer in self._unscaled and any(p.requires_grad for p in optimizer.parameters):
-                rescale_gradients(self._holders_of(optimizer), self.current_scale)
+                self.multiply(optimizer, 1)
                 restored.append((optimizer, self._versions_of(optimizer)))
         return restored
 
@@ -83,9 +83,13 @@ class LossScaler:
         """Take the scale off what the backward after `restore` did not reach; the rest carries it now."""
         for optimizer, versions in restored:
             if self._versions_of(optimizer) == versions:
-                rescale_gradients(self._holders_of(optimizer), 1.0 / self.current_scale)
+                self.multiply(optimizer, -1)
             else:
                 self.forget(optimizer)
+
+    def multiply(self, optimizer: OptimizerHandle, power: int) -> None:
+        """Multiply the gradients of `optimizer` by the scale (`power` 1), or divide them by it (-1)."""
+        rescale_gradients(self._holders_of(optimizer), self.current_scale**power)
 
     def unscale(self, optimizer: OptimizerHandle) -> list[Tensor]:
         """Divide the gradients of `optimizer` that carry the scale by it, in place, and note whether they are finite.

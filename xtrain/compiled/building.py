@@ -35,7 +35,16 @@ def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = No
     return [torch.ops.aten.linalg_vector_norm(tensor, ord, dtype=dtype) for tensor in tensors]
 
 
-_SIMPLER = {torch.ops.aten._foreach_norm.Scalar: _norms}  # which inductor would not compile
+def _unscaled(gradients: list[Tensor], found: Tensor, inverse: Tensor) -> tuple[list[Tensor], Tensor]:
+    finite = [torch.isfinite(gradient).all() for gradient in gradients]
+    overflowed = torch.where(torch.stack(finite).all(), found, torch.ones_like(found))
+    return [(gradient * inverse).to(gradient.dtype) for gradient in gradients], overflowed
+
+
+_SIMPLER: dict[Any, Callable[..., Any]] = {  # which inductor would not compile
+    torch.ops.aten._foreach_norm.Scalar: _norms,
+    torch.ops.aten._amp_foreach_non_finite_check_and_unscale.default: _unscaled,
+}
 
 
 def load_compiler() -> None:

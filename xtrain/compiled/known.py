@@ -52,6 +52,9 @@ class Known:
         for index, parameter in enumerate(self._parameters()):
             if parameter.grad is not None:
                 self._add(f"gradient {index}", parameter.grad, "gradient", parameter)
+        for index, (optimizer, flags) in enumerate(flags_of(run)):
+            for place, flag in enumerate(flags):
+                self._add(f"overflow {place} of optimizer {index}", flag, "overflow", (optimizer, place))
         for index, tensor in enumerate(batch):
             self._add(f"batch {index}", tensor, "batch", index)
 
@@ -146,6 +149,12 @@ def apply_counters(counters: list[tuple[Any, dict[str, Any]]]) -> None:
     run.trainer.progress.global_step += after["global_step"]
 
 
+def flags_of(run: Run) -> list[tuple[Any, list[Tensor]]]:
+    """Return the optimizers whose gradients carry no loss scale now, with what says whether they overflowed."""
+    scaler = getattr(run.backend, "scaler", None)
+    return [] if scaler is None else list(scaler._unscaled.items())
+
+
 def state_of(run: Run) -> tuple[Any, ...]:
     """Return what decides, beside the batch and what Python asks, which operations a step makes."""
     optimizers = run.life.optimizers
@@ -155,4 +164,5 @@ def state_of(run: Run) -> tuple[Any, ...]:
         [(o.phase, o._zeros is None) for o in optimizers],
         [m.training for m in run.module.modules()],
         [(p.requires_grad, p.grad is None) for p in run.module.parameters()],
+        [(optimizers.index(o), len(flags)) for o, flags in flags_of(run)],
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xtrain.compiled.building import Replay
-from xtrain.compiled.known import Slot, apply_counters
+from xtrain.compiled.known import Slot, apply_counters, flags_of
 from xtrain.compiled.optimizers import Rates
 from xtrain.compiled.recorded import Rate, Recorded
 from xtrain.compiled.watching import PLAIN, fingerprint
@@ -61,6 +61,7 @@ class Path:
         sources = self.recorded.sources
         self._inputs: list[Any] = [source if kind == "fixed" else None for kind, source in sources]
         self._of_batch = [(i, source) for i, (kind, source) in enumerate(sources) if kind == "batch"]
+        self._of_flags = [(i, source) for i, (kind, source) in enumerate(sources) if kind == "overflow"]
         self._of_gradients = [(i, source) for i, (kind, source) in enumerate(sources) if kind == "gradient"]
 
     def run(self, tensors: list[Tensor]) -> Any:
@@ -71,16 +72,20 @@ class Path:
             inputs[position] = tensors[index]
         for position, parameter in self._of_gradients:
             inputs[position] = parameter.grad
+        flags = dict(flags_of(run)) if self._of_flags else {}
+        for position, (optimizer, place) in self._of_flags:
+            inputs[position] = flags[optimizer][place]
         self._rates.refresh()
         with torch.no_grad():
             out = self.replay(*inputs)
-        for position, _ in (*self._of_batch, *self._of_gradients):
+        for position, _ in (*self._of_batch, *self._of_gradients, *self._of_flags):
             inputs[position] = None  # nobody keeps a batch alive
         for parameter, number in recorded.gradients:
             parameter.grad = None if number is None else out[number]
         for space, name, value in recorded.attributes:
             space[name] = self._value(value, out)
         apply_counters(recorded.counters)
+        recorded.overflows.replayed(out)
         for scheduler in recorded.watch.scheduled:
             scheduler.step()
         for values, settings, size in recorded.logs:

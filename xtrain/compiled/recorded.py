@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xtrain.compiled.known import Counters, Known, Outputs, Slot
 from xtrain.compiled.optimizers import Rates, made_of_tensors
+from xtrain.compiled.overflows import Overflows
 from xtrain.compiled.questions import WatchedInt
 from xtrain.compiled.recording import Problem, Recorder, Recording
 from xtrain.compiled.watching import Watch, watched
@@ -36,6 +37,7 @@ class Recorded:
         gradients: parameters that have a new gradient after the step, and which output it is; None has none.
         attributes: what the module's attributes are set to.
         counters: what became of the optimizers and of the run.
+        overflows: what became of the steps that an overflow would skip.
         fresh: whether tensors were made that later steps use, as the first step of an optimizer does.
     """
 
@@ -48,6 +50,7 @@ class Recorded:
     gradients: list[tuple[Tensor, int | None]]
     attributes: list[tuple[dict[str, Any], str, Any]]
     counters: list[tuple[Any, dict[str, Any]]]
+    overflows: Overflows
     fresh: bool
 
     @property
@@ -116,13 +119,15 @@ def record(run: Run, training_step: Callable[..., Any], batch: Any, tensors: Seq
     rates.refresh()
     rates.late = False
     with made_of_tensors(raw, rates), watched(run) as watch, _listening(run) as (losses, logs):
+        overflows = Overflows(run, watch)
         index = WatchedInt(vars(run.trainer.progress)["batch_idx"], lambda p: p.batch_idx, watch.answers)
-        with recorder:
+        with overflows.on_device(), recorder:
             returned = training_step(batch, index)
             kept = _Kept(run, rates, outputs, losses, logs, watch)
     returned_slots = map_tensors(outputs.slot, returned)
     gradients = known.new_gradients(outputs)
     attributes = kept.attributes(outputs)
+    overflows.keep(outputs)
     recording = recorder.finish(outputs.tensors)
     for values, settings, size in logs:
         run.metrics._record({name: _plain(value) for name, value in values.items()}, settings, size)
@@ -138,8 +143,10 @@ def record(run: Run, training_step: Callable[..., Any], batch: Any, tensors: Seq
         gradients,
         attributes,
         counters.changes(),
+        overflows,
         known.changed(),
     )
+    overflows.settle()
     return returned, recorded
 
 

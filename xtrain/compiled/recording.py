@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_NOT_OF_THE_USER = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_OURS = Path(__file__).parent.parent
+_NOT_OF_THE_USER = (str(Path(torch.__file__).parent), str(_OURS), "<")
+_TESTING = str(_OURS / "testing")  # experiments play the user
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _VALUE_FIX = "keep it a tensor (torch.where, x * mask), or read it in on_train_batch_end"
 
@@ -43,10 +45,16 @@ class Problem:
         return f"{self.what}{self.location}. Fix:  {self.fix}"
 
 
+def is_of_user(frame: Any) -> bool:
+    """Return whether `frame` runs code that is neither torch's nor xtrain's."""
+    file = frame.f_code.co_filename
+    return file.startswith(_TESTING) or not file.startswith(_NOT_OF_THE_USER)
+
+
 def user_location() -> str:
     """Return file, line and text of the innermost frame that is neither torch's nor xtrain's."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((*_NOT_OF_THE_USER, "<")):
+    while frame is not None and not is_of_user(frame):
         frame = frame.f_back  # type: ignore[assignment]  # ends as None
     if frame is None:
         return ""

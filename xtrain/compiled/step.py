@@ -19,6 +19,7 @@ from xtrain.compiled.optimizers import Rates, keep_on_device
 from xtrain.compiled.path import Path
 from xtrain.compiled.recorded import Recorded, record
 from xtrain.errors import ConfigurationError, ProtocolError, explain
+from xtrain.guard import guard
 from xtrain.run.automatic import AutomaticStep
 from xtrain.run.state import Run
 
@@ -252,5 +253,6 @@ class CompiledStep:
                 self._give_up(f"{name} runs inside of the step, and a replay would not call it")
         for optimizer in self._run.life.optimizers:
             raw = optimizer.optimizer
-            if raw._optimizer_step_pre_hooks or raw._optimizer_step_post_hooks:
+            hooks_of_it = (*raw._optimizer_step_pre_hooks.values(), *raw._optimizer_step_post_hooks.values())
+            if any(getattr(hook, "__module__", "") != guard.__module__ for hook in hooks_of_it):
                 self._give_up(f"{optimizer!r} has hooks of its own, and a replay would not call them")

@@ -217,7 +217,6 @@ PROVOCATIONS: dict[str, Provocation] = {
     "fused": Provocation(Closure, {"fused": True}, applies=lambda c: not c.fused_optimizers),
     "compile-backend": Provocation(Closure, {"compile": "networks"}, applies=lambda c: not c.compiled_steps),
     "compile-compiler": Provocation(Closure, applies=lambda c: False),  # is about the machine
-    "compile-scaling": Provocation(Closure, {"compile": "step"}, precision="16-mixed"),
     "compile-processes": Provocation(Closure, applies=lambda c: False),  # is about the launch
     "compile-lbfgs": Provocation(partial(Closure, lbfgs), {"compile": "require"}),
     "devices": Provocation(Closure, {"devices": 2}, applies=lambda c: not c.multi_process),
