@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xtrain.errors import ProtocolError, explain
 
 from .engine import make_engine
+from .reading import RefusesShards
 
 _HOLD = -1  # no submodule has this id, so DeepSpeed never sees the last user of a held parameter leave
 
@@ -50,7 +51,7 @@ class ShardedModule:
     One engine without optimizer does that for the whole module, whoever owns which parameter.
     Small parameters (DeepSpeed's persistence threshold), those that lie directly on the module, outside of
     any layer's forward, and those that a hook reads before one (`torch.nn.utils.weight_norm`) are held whole
-    between steps. A copy or a ``state_dict()`` of one that is not whole is refused: it would be empty.
+    between steps. Whatever the user's code does with one that is not whole is refused: it would be empty.
 
     Args:
         module: the user's.
@@ -68,6 +69,8 @@ class ShardedModule:
         for name, parameter in named:
             parameter.__deepcopy__ = partial(_copy_whole, name, parameter)
         self._guards = [m.register_state_dict_pre_hook(_refuse_parts) for m in module.modules()]
+        self._reading = RefusesShards({p: name for name, p in named})
+        self._reading.__enter__()  # type: ignore[no-untyped-call]  # torch declares no types
 
     def hold(self) -> None:
         """Gather what is held whole: when all engines are made, and after each step."""
@@ -129,6 +132,7 @@ class ShardedModule:
         After an exception in one of several processes the others do not take part in a gather any
         more; then the parameters stay as they are, so that the exception is what the user sees.
         """
+        self._reading.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         for handle in self._guards:
             handle.remove()
         failed = sys.exc_info()[0] is not None and torch.distributed.get_world_size() > 1

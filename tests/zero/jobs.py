@@ -95,7 +95,8 @@ class Looks(ClippedGan):
         return self.G(batch[1])
 
     def sizes(self):
-        return [p.numel() for p in self.G.parameters()]
+        with torch._C.DisableTorchFunction():  # of what is really there, whatever a user is told
+            return [p.numel() for p in self.G.parameters()]
 
     def training_step(self, batch, batch_idx):
         super().training_step(batch, batch_idx)
