@@ -39,7 +39,7 @@ _PROPERTIES: tuple[str, ...] = (
     "_version",
     "is_sparse",
 )
-_PROPERTIES += ("is_cuda", "is_cpu", "is_meta", "is_nested", "is_quantized", "_backward_hooks", "_grad", "names")
+_PROPERTIES += ("is_cuda", "is_cpu", "is_meta", "is_nested", "is_quantized", "_backward_hooks", "_grad")
 _HARMLESS = {getattr(getattr(_KNOWN, name), get) for name in _PROPERTIES for get in ("__get__", "__set__")}
 _HARMLESS |= {_KNOWN.grad.__delete__, Tensor.requires_grad_, Tensor.is_floating_point, Tensor.is_complex}
 _HARMLESS |= {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.__repr__, Tensor.element_size}
