@@ -237,6 +237,7 @@ def test_what_hooks_get():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Expected a loss from training_step")
 @pytest.mark.parametrize(
     ("kind", "returned", "every", "expected"),
     [
