@@ -65,9 +65,13 @@ def test_module_that_forgets_super_init():
     class Silent(LightningModule):
         def __init__(self): ...
 
-    for make in (Setting, Saving, lambda: trainer().fit(Silent(), loader())):
+    class Building(LightningModule):
+        def __init__(self):
+            self.net = torch.nn.Linear(1, 1)
+
+    for kind in (Setting, Saving, Silent, Building):  # a plain attribute alone may come first, as in torch
         with pytest.raises(ConfigurationError) as caught:
-            make()
+            trainer().fit(kind(), loader())
         says(caught.value, "super().__init__()")
 
 
