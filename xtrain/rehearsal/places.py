@@ -22,13 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 _MADE_AT = "_made_at"
-_PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = tuple(
     os.path.join(os.path.realpath(folder), "")  # noqa: PTH118  # a prefix of file names
     for folder in (
         Path(torch.__file__).parent,
-        _PACKAGE,
-        _PACKAGE.parent / "backends",
+        PACKAGE,
+        PACKAGE.parent / "backends",
         sysconfig.get_path("stdlib"),
         sysconfig.get_path("platstdlib"),
         sysconfig.get_path("purelib"),
