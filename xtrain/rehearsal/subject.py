@@ -77,6 +77,8 @@ class Subject:
         owner: Any = self.data if isinstance(self.data, LightningDataModule) else module
         if self.data is not None and owner is not self.data:
             return self.data
+        if not hasattr(owner, "train_dataloader"):  # fit(module, steps=...)
+            return None
         owner.prepare_data()
         owner.setup("fit")
         return owner.train_dataloader()

@@ -22,7 +22,7 @@ class Cost(Check):
     name: ClassVar[str] = "cost"
     ids: ClassVar[dict[str, Severity]] = {}
     group: ClassVar[str] = "numberless"
-    seconds: ClassVar[float] = 60.0
+    seconds: ClassVar[float] = 100.0
 
     def run(self, request: Request) -> Iterator[Yield]:
         """Count, and divide by what chips can do."""

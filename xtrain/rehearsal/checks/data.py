@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
+from xtrain.data.combined import CombinedLoader
 from xtrain.rehearsal.check import PROCESSES, Check, Request, Yield
 from xtrain.rehearsal.findings import Figure, Finding, Severity, Skipped
 from xtrain.rehearsal.places import Place, place_of_loader
@@ -45,6 +47,10 @@ class Data(Check):
         if loader is None:
             yield Skipped(self.name, "the module trains without a loader")
             return
+        for part in _parts(loader):
+            yield from self._of_loader(part, request, module)
+
+    def _of_loader(self, loader: Any, request: Request, module: nn.Module) -> Iterator[Yield]:
         place = place_of_loader(loader, module)
         if not isinstance(loader, DataLoader):
             yield from _of_another_kind(loader, request, place)
@@ -53,6 +59,13 @@ class Data(Check):
         yield from _seen_twice(loader, place)
         if not isinstance(loader.dataset, IterableDataset):
             yield from _last_batch(loader, request, module, place)
+
+
+def _parts(loader: Any) -> list[Any]:
+    """Return the loaders of a dict, a list or a `CombinedLoader` of loaders, else the loader itself."""
+    inside = loader.iterables if isinstance(loader, CombinedLoader) else loader
+    leaves = tree_leaves(inside, is_leaf=lambda leaf: isinstance(leaf, DataLoader))
+    return leaves if leaves and all(isinstance(leaf, DataLoader) for leaf in leaves) else [loader]
 
 
 def _several(request: Request) -> bool:

@@ -45,7 +45,7 @@ class Memory(Check):
     name: ClassVar[str] = "memory"
     ids: ClassVar[dict[str, Severity]] = {"XT-MEMORY-01": "error", "XT-MEMORY-02": "info"}
     group: ClassVar[str] = "numberless"
-    seconds: ClassVar[float] = 60.0
+    seconds: ClassVar[float] = 100.0
 
     def run(self, request: Request) -> Iterator[Yield]:
         """Count for the batch as it is, and for twice as large a one."""

@@ -132,7 +132,9 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in _COPIES or (function is Tensor.to and _names_the_host((*args[1:], *(kwargs or {}).values()))):
+        moved = function is Tensor.to and _names_the_host((*args[1:], *(kwargs or {}).values()))
+        # A library moves a tensor to where another one is, which is the host here only.
+        if function in _COPIES or (moved and is_users(sys._getframe(1).f_code.co_filename)):
             self._watch.note("XT-SYNC-03")
         return function(*args, **(kwargs or {}))
 
