@@ -271,30 +271,30 @@ class Backend(ABC):
         """Return what a gradient misses when ``loss.backward()`` is called directly, or None."""
         return None
 
-    def training_state(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> dict[str, Any]:
-        """Return what is trained as whole CPU tensors by name, the same on every backend; all ranks call it.
+    def training_state(
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], form: named.Form = "whole"
+    ) -> dict[str, Any]:
+        """Return what is trained as CPU tensors by name, the same on every backend; all ranks call it.
 
         Args:
             module: the user's, set up.
             optimizers: those of `setup_optimizers`.
+            form: see `xtrain.checkpoint.named.Form`.
 
         Returns:
             ``"state_dict"``: of the module; ``"optimizer_states"``: by the optimizer's name, each as
             `xtrain.checkpoint.named` describes; both on rank 0 only. ``"gradients"``: this rank's own, by
             optimizer and parameter, where they may count in a later step.
         """
-        whole = named.training_state(module, optimizers) if self.collectives.rank == 0 else {}
-        return named.copied({**whole, "gradients": named.gradients(module, optimizers)}, self.to_cpu)  # type: ignore[no-any-return]
+        return named.taken_state(module, optimizers, self.to_cpu, self.collectives.rank == 0, form)
 
     def load_training_state(
         self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]
     ) -> None:
         """Restore `optimizers` and gradients from what `training_state` of any backend returned on rank 0.
 
-        The module's tensors were loaded before `setup_module`.
-
         Args:
-            module: the user's, set up.
+            module: the user's, set up; its tensors were loaded before.
             optimizers: those of `setup_optimizers`; those not named in `state` are left alone.
             state: as above, with the ``"gradients"`` of this rank.
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtrain.checkpoint import named
+from xtrain.checkpoint.parts import Part
 from xtrain.errors import ProtocolError, explain
 
 from .engine import make_engine
@@ -144,6 +146,22 @@ class ShardedModule:
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
+
+
+def part_of(tensor: Any, live: bool) -> Part | None:
+    """Return this rank's part of a parameter of ZeRO 3 that is not whole now; None for any other tensor.
+
+    Args:
+        tensor: of the module.
+        live: without a copy, if it lies on the CPU.
+    """
+    if getattr(tensor, "ds_status", None) is None or tensor.ds_status.name != "NOT_AVAILABLE":
+        return None
+    size = tensor.ds_tensor.ds_numel  # the last ranks' part is shorter, or nothing
+    start = min(size * torch.distributed.get_rank(), tensor.ds_numel)
+    own = tensor.ds_tensor.detach().view(-1)[: min(size, tensor.ds_numel - start)]
+    (numbers,) = named.taken(lambda tensors: [t.to("cpu", copy=True) for t in tensors], live, [own])
+    return Part(numbers, start, tuple(tensor.ds_shape))
 
 
 def _copy_whole(name: str, parameter: Any, memo: dict[int, Any]) -> Any:

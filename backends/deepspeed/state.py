@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from xtrain.checkpoint.named import Saved, check_groups, keeps_gradients, load_settings
+from xtrain.checkpoint.named import Form, Saved, check_groups, keeps_gradients, load_settings
+from xtrain.checkpoint.parts import Part
 from xtrain.collectives import Collectives
 from xtrain.contract import OptimizerHandle
 from xtrain.errors import CheckpointError, explain
@@ -41,8 +44,11 @@ class EngineState:
 
     # ---------------------------------------------------------------- out
 
-    def read(self) -> Saved:
-        """Return the state, see `xtrain.checkpoint.named`; empty on every rank but 0. All ranks call it.
+    def read(self, form: Form) -> Saved:
+        """Return the state, see `xtrain.checkpoint.named`; all ranks call it.
+
+        Args:
+            form: see `xtrain.contract.Backend.training_state`; whole tensors are on rank 0 only.
 
         Raises:
             CheckpointError: for gradients of the last step that the next one may still use.
@@ -54,7 +60,7 @@ class EngineState:
         if self._engine.stage == 0:
             state, master = self._unsharded()
         else:
-            state, master = self._gathered()
+            state, master = self._gathered(form == "whole")
         low = {n: p.dtype for n, p in self._parameters.items()}
         return {
             "class": type(self._raw).__name__,
@@ -88,24 +94,39 @@ class EngineState:
         }
         return state, {name: _cpu(keys[name]) for name, p in self._parameters.items() if p in masters}
 
-    def _gathered(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _gathered(self, whole: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the state of the shards: whole tensors on rank 0, or each rank's parts."""
         tables = self._tables(self._pieces(), "read")
         members = _members(tables)
         state: dict[str, Any] = {}
         master: dict[str, Tensor] = {}
         for number, shard in enumerate(self._engine.masters()):
+            names = members.get(number, [])
+            parts = partial(self._parts, names=names, pieces=tables[self._rank])
+            take = partial(self._whole, tables=tables) if whole else parts
             entries = self._raw.state.get(shard, {})
             for key in sorted(entries):  # every rank in the same order
                 value = entries[key]
                 if not (isinstance(value, Tensor) and value.shape == shard.shape):
-                    for name in members.get(number, []):
+                    for name in names:
                         state.setdefault(name, {})[key] = _cpu(value)
                     continue
-                for name, whole in self._whole(value, number, tables).items():
-                    state.setdefault(name, {})[key] = whole
+                for name, found in take(value, number).items():
+                    state.setdefault(name, {})[key] = found
             if any(p.dtype != shard.dtype for p in self._parameters.values()):
-                master |= self._whole(shard, number, tables)
-        return ({}, {}) if self._rank else (state, master)
+                master |= take(shard, number)
+        return ({}, {}) if self._rank and whole else (state, master)
+
+    def _parts(self, shard: Tensor, number: int, names: Sequence[str], pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return what lies in this rank's shard, by parameter; nothing of those that lie elsewhere."""
+        own = shard.detach()
+        mine = {piece.name: piece for piece in pieces if piece.shard == number}
+        found = {}
+        for name in names:
+            piece = mine.get(name, Piece(name, number, 0, 0, 0))
+            numbers = own[piece.at : piece.at + piece.count].to("cpu", copy=True)
+            found[name] = Part(numbers, piece.start, tuple(self._shapes[name]))
+        return found
 
     def _whole(self, shard: Tensor, number: int, tables: Sequence[Sequence[Piece]]) -> dict[str, Tensor]:
         """Return the parameters' parts of a shard of all ranks, put together; empty on every rank but 0."""
@@ -149,7 +170,7 @@ class EngineState:
 
     # ---------------------------------------------------------------- in
 
-    def load(self, saved: Saved, weights: Mapping[str, Tensor]) -> None:
+    def load(self, saved: Saved, weights: MutableMapping[str, Tensor]) -> None:
         """Restore the engine; every rank takes its own part of the whole tensors.
 
         Args:
@@ -163,7 +184,7 @@ class EngineState:
         check_groups(self._label, type(self._raw).__name__, [g.names for g in layout], saved)
         for number, old in enumerate(saved["groups"]):
             load_settings(self._present_group(number), old)
-        sources = {**weights, **saved["master"]}
+        sources: Mapping[str, Tensor] = ChainMap(saved["master"], weights)
         with torch.no_grad():
             if self._engine.stage == 0:
                 self._load_unsharded(saved, sources)

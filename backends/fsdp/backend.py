@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
+from xtrain.checkpoint.named import Form
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
@@ -282,10 +283,12 @@ class FSDP(EagerBackend):
         """Gather `module`; what is written to its parameters inside lasts. Every rank must enter it."""
         return nullcontext() if self._sharded is None else self._sharded.full_parameters(module)
 
-    def training_state(self, module: nn.Module, optimizers: Sequence[OptimizerHandle]) -> dict[str, Any]:
+    def training_state(
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], form: Form = "whole"
+    ) -> dict[str, Any]:
         assert self._sharded is not None
         self._passes.release()
-        return training_state(module, optimizers, self._sharded, self.collectives.rank == 0)
+        return training_state(module, optimizers, self._sharded, form, self.collectives.rank == 0)
 
     def load_training_state(
         self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]

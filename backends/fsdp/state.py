@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from xtrain.checkpoint import named
+from xtrain.checkpoint.parts import Part
 from xtrain.contract import OptimizerHandle
 
-from .groups import ShardedParameter
+from .groups import ShardedParameter, local
 from .sharding import ShardedModule, gathered, part_of
 
 
-def whole_copies(tensors: Sequence[Tensor], keep: bool) -> list[Tensor]:
-    """Return copies on the CPU, of shards gathered ones; every rank must call it.
+def training_state(
+    module: nn.Module, optimizers: Sequence[OptimizerHandle], sharded: ShardedModule, form: named.Form, first: bool
+) -> dict[str, Any]:
+    """Return what `xtrain.contract.Backend.training_state` describes; `first` is true on rank 0."""
+    take = partial(_whole, first) if form == "whole" else partial(_parts, form == "live")
+    state = named.copied(named.training_state(module, optimizers), take)
+    return {**(state if first or form != "whole" else {}), "gradients": _gradients(module, optimizers, sharded)}
 
-    Args:
-        tensors: in the same order on every rank.
-        keep: whether this rank wants them; else it only takes part, and what it returns is empty.
-    """
+
+def _whole(keep: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies on the CPU, of shards gathered ones; every rank must call it, and those that `keep` get them."""
     copies = []
     for tensor in tensors:
         whole = gathered(tensor) if isinstance(tensor, DTensor) else tensor.detach()
@@ -30,12 +37,23 @@ def whole_copies(tensors: Sequence[Tensor], keep: bool) -> list[Tensor]:
     return copies
 
 
-def training_state(
-    module: nn.Module, optimizers: Sequence[OptimizerHandle], sharded: ShardedModule, keep: bool
-) -> dict[str, Any]:
-    """Return what `xtrain.contract.Backend.training_state` describes; `keep` is true on rank 0."""
-    whole = named.copied(named.training_state(module, optimizers), lambda tensors: whole_copies(tensors, keep))
-    return {**(whole if keep else {}), "gradients": _gradients(module, optimizers, sharded)}
+def _parts(live: bool, tensors: Sequence[Tensor]) -> list[Any]:
+    """Return CPU tensors, of shards this rank's part; if `live`, without a copy of what lies on the CPU."""
+    locals_ = [local(tensor).detach() for tensor in tensors]
+    flat = [own.reshape(-1) if isinstance(t, DTensor) else own for own, t in zip(locals_, tensors, strict=True)]
+    taken = named.taken(_copies, live, flat)
+    return [_part(t, own) if isinstance(t, DTensor) else own for own, t in zip(taken, tensors, strict=True)]
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.to("cpu", copy=True) for tensor in tensors]
+
+
+def _part(tensor: DTensor, numbers: Tensor) -> Part:
+    """Return this rank's rows of a tensor, whose first dimension FSDP2 splits."""
+    shape = tuple(tensor.shape)
+    _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    return Part(numbers, offset[0] * torch.Size(shape[1:]).numel() if numbers.numel() else 0, shape)
 
 
 def _gradients(module: nn.Module, optimizers: Sequence[OptimizerHandle], sharded: ShardedModule) -> dict[str, Any]:

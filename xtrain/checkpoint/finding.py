@@ -12,6 +12,7 @@ from typing import Any
 
 from xtrain.checkpoint.format import Checkpoint, checkpoints_in, is_checkpoint
 from xtrain.checkpoint.lightning import read_lightning
+from xtrain.checkpoint.parts import PREFIX, Assembler
 from xtrain.errors import CheckpointError, explain
 from xtrain.run.state import Run
 
@@ -53,8 +54,11 @@ def read_checkpoint(path: Path, weights_only: bool | None = None) -> Loaded:
     opened = Checkpoint(path)
     opened.verify()
     checkpoint = dict(opened.read("training.pt"))
-    checkpoint["state_dict"] = opened.read("module.pt")
+    assemble = Assembler({name: opened.read(name) for name in sorted(opened.files) if name.startswith(PREFIX)})
+    checkpoint["state_dict"] = assemble.dict(opened.read("module.pt"))
     sections = [opened.read(name) for name in sorted(opened.files, key=_number) if name.startswith("optimizer-")]
+    for section in sections:
+        section["state"], section["master"] = assemble.dict(section["state"]), assemble.dict(section["master"])
     checkpoint["optimizer_states"] = {section.pop("name"): section for section in sections}
     ranks = [opened.read(name) for name in sorted(opened.files) if name.startswith("rank-")]
     return Loaded(path, checkpoint, ranks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from xtrain.tensors import map_tensors, tensors_in
 _IMPLEMENTATION = ("foreach", "fused", "capturable")
 _PARTIAL = "trainer.fit(model, ckpt_path='...', load=('module', 'data')), which lists what it leaves out"
 Saved = dict[str, Any]
+Form = Literal["whole", "parts", "live"]
+"""Of a training state: copies of whole tensors, on rank 0; copies, and on every rank a `xtrain.checkpoint.parts.Part`
+of what the ranks hold in shards; or the same without a copy of what lies on the CPU."""
 Place = Callable[[Tensor, Tensor, str, Mapping[str, Any]], Tensor]
 
 
@@ -122,6 +125,42 @@ def copied(data: Any, to_cpu: Callable[[list[Tensor]], list[Tensor]]) -> Any:
     unique = {id(tensor): tensor for tensor in tensors_in(data)}
     copies = dict(zip(unique, to_cpu(list(unique.values())), strict=True))
     return map_tensors(lambda tensor: copies[id(tensor)], data)
+
+
+def taken_state(
+    module: nn.Module, optimizers: Sequence[Handle], to_cpu: Callable[[list[Tensor]], list[Tensor]], first: bool,
+    form: Form,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what `xtrain.contract.Backend.training_state` describes, of a module that every rank has whole.
+
+    Args:
+        module: the user's.
+        optimizers: those of the run.
+        to_cpu: copies a list of tensors to the CPU.
+        first: whether this is rank 0.
+        form: of what is returned.
+    """
+    whole = training_state(module, optimizers) if first else {}
+    state = {**whole, "gradients": gradients(module, optimizers)}
+    return copied(state, partial(taken, to_cpu, form == "live"))  # type: ignore[no-any-return]
+
+
+def taken(to_cpu: Callable[[list[Tensor]], list[Tensor]], live: bool, tensors: list[Tensor]) -> list[Tensor]:
+    """Return `tensors` on the CPU.
+
+    Args:
+        to_cpu: copies a list of tensors.
+        live: do not copy what lies there already, and fills its memory: a file has all of the memory of a tensor.
+        tensors: anywhere.
+    """
+    stay = [live and t.is_cpu and _fills_its_memory(t) for t in tensors]
+    copies = iter(to_cpu([t for t, stays in zip(tensors, stay, strict=True) if not stays]))
+    return [t.detach() if stays else next(copies) for t, stays in zip(tensors, stay, strict=True)]
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    strided = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return strided and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 # -------------------------------------------------------------------- one optimizer

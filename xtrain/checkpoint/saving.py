@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.checkpoint.format import Draft, Facts, write_section
+from xtrain.checkpoint.parts import PREFIX, Splitter
 from xtrain.checkpoint.plain import check_readable
 from xtrain.checkpoint.state import collect, summary_of
 from xtrain.collectives import Collectives
@@ -37,25 +38,33 @@ def save(run: Run, path: str | os.PathLike[str], weights_only: bool = False) -> 
 
 
 class Writing:
-    """A checkpoint whose state was copied, and that is to be written.
+    """A checkpoint whose state was collected, and that is to be written.
 
     Args:
         run: between two training steps.
         path: the folder to make; the same on every rank.
         weights_only: leave out what only a training needs.
         facts: more to say in the summary.
+        background: it will be written while the training goes on.
     """
 
     _draft: Draft | None = None
 
-    def __init__(self, run: Run, path: Path, weights_only: bool = False, facts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        path: Path,
+        weights_only: bool = False,
+        facts: dict[str, Any] | None = None,
+        background: bool = False,
+    ) -> None:
         self.path = path
         self._ranks: Collectives = run.backend.collectives
         self._sections: Sections = {}
         self._summary: dict[str, Any] = {}
         problem = ""
         try:
-            checkpoint, own = collect(run, weights_only)
+            checkpoint, own = collect(run, weights_only, background)
             self._sections, self._summary = _sections(run, checkpoint, own)
             self._summary |= facts or {}
             for name, content in self._sections.items():
@@ -173,15 +182,19 @@ class Background(threading.Thread):
 
 def _sections(run: Run, checkpoint: dict[str, Any], own: dict[str, Any]) -> tuple[Sections, dict[str, Any]]:
     """Return the files that this rank writes, by name, and the summary of the manifest."""
-    sections: Sections = {f"rank-{run.trainer.global_rank:05d}.pt": own} if own else {}
-    if run.trainer.global_rank:
-        return sections, {}
-    summary = summary_of(run, checkpoint)
+    rank, splitter = run.trainer.global_rank, Splitter()
+    summary = {} if rank else summary_of(run, checkpoint)
     states = checkpoint.pop("optimizer_states")
-    sections["module.pt"] = checkpoint.pop("state_dict")
+    sections: Sections = {"module.pt": splitter.split(checkpoint.pop("state_dict"), "module.pt")}
     for number, (label, state) in enumerate(states.items()):
-        sections[f"optimizer-{number}.pt"] = {"name": label, **state}
+        name = f"optimizer-{number}.pt"
+        sections[name] = splitter.split({"name": label, **state}, name)
     sections["training.pt"] = checkpoint
+    sections = {} if rank else sections
+    if splitter.shard:
+        sections[f"{PREFIX}{rank:05d}.pt"] = splitter.shard
+    if own:
+        sections[f"rank-{rank:05d}.pt"] = own
     return sections, summary
 
 

@@ -7,6 +7,7 @@ for the hooks that look at it or add to it. The *own* part is what differs betwe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from xtrain.checkpoint import named
 from xtrain.checkpoint.generators import plain_generators, read_generators
+from xtrain.checkpoint.parts import Part
+from xtrain.checkpoint.plain import check_readable
 from xtrain.contract import Phase
 from xtrain.data.position import Remembering, own_generators, samples_per_batch, stateful
 from xtrain.data.sharding import order_is_portable, seeds_of
@@ -24,32 +27,46 @@ from xtrain.run.state import Run
 VERSION_KEY = "xtrain_version"
 
 
-def collect(run: Run, weights_only: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def collect(run: Run, weights_only: bool = False, background: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the state of `run` as CPU tensors and plain values; all ranks call it.
+
+    Tensors that lie on the CPU are the live ones, if nobody looks at them but who writes them now. What the ranks hold
+    in shards are `xtrain.checkpoint.parts.Part`, unless a hook wants to see it.
 
     Args:
         run: between two training steps.
         weights_only: leave out what only a training needs.
+        background: copy everything, for who writes it later.
 
     Returns:
-        The checkpoint, whole on rank 0 only, and this rank's own part.
+        The checkpoint, complete on rank 0 only, and this rank's own part.
 
     Raises:
         CheckpointError: at a moment, or for objects, whose state cannot be kept.
     """
-    trained = _trained(run)
-    checkpoint = _common(run) | {key: trained.get(key, {}) for key in ("state_dict", "optimizer_states")}
-    own: dict[str, Any] = {}
-    if weights_only:
-        checkpoint["optimizer_states"] = {}
-    else:
-        own = _own(run, trained["gradients"])
+    hooks = list(savers(run, "on_save_checkpoint"))
+    trained = _trained(run, "whole" if hooks else "parts" if background else "live")
+    checkpoint, own = _common(run), {}
+    if not weights_only:
         checkpoint |= _training(run)
-    _call_hooks(run, checkpoint)
-    return run.backend.to_cpu(checkpoint), run.backend.to_cpu(own)
+        own = _own(run)
+    take = partial(named.taken, run.backend.to_cpu, not background)
+    checkpoint, own = named.copied((checkpoint, own), take)
+    checkpoint |= {
+        "state_dict": trained.get("state_dict", {}),
+        "optimizer_states": {} if weights_only else trained.get("optimizer_states", {}),
+    }
+    if not weights_only:
+        own["gradients"] = trained["gradients"]
+    if hooks:
+        _call_hooks(hooks, checkpoint)
+        checkpoint = named.copied(checkpoint, take)
+    for key, state in checkpoint.get("callbacks", {}).items():
+        check_readable(state, f"state_dict() of the callback {key}")
+    return checkpoint, own
 
 
-def _trained(run: Run) -> dict[str, Any]:
+def _trained(run: Run, form: named.Form) -> dict[str, Any]:
     handles = run.life.optimizers
     waiting = [o for o in handles if o.phase is Phase.FINALIZED]
     if waiting:
@@ -57,7 +74,7 @@ def _trained(run: Run) -> dict[str, Any]:
         received = f"{waiting[0]!r} with gradients that were clipped and wait for a step"
         raise CheckpointError(explain("a save between two steps of each optimizer", received, fix))
     try:
-        return run.backend.training_state(run.module, handles)
+        return run.backend.training_state(run.module, handles, form)
     except KeyError as error:  # the engines are gone
         fix = "ModelCheckpoint(...), or self.trainer.save_checkpoint(path) in on_train_end"
         raise CheckpointError(
@@ -115,7 +132,7 @@ def _data(run: Run) -> dict[str, Any]:
     }
 
 
-def _own(run: Run, gradients: Any) -> dict[str, Any]:
+def _own(run: Run) -> dict[str, Any]:
     """Return what this rank alone has."""
     loader = run.plan.loader
     source = stateful(loader)
@@ -131,7 +148,6 @@ def _own(run: Run, gradients: Any) -> dict[str, Any]:
         "loader": position,
         "backend": run.backend.state_dict(),
         "metrics": metric_state(run.metrics, run.module) if run.active else None,
-        "gradients": gradients,
     }
     if run.trainer.global_rank:  # those of rank 0 are in the module's section
         state["buffers"] = dict(run.module.named_buffers())
@@ -144,30 +160,28 @@ def callback_states(callbacks: list[Any]) -> dict[str, Any]:
     return {key: state for key, state in states.items() if state}
 
 
-def _call_hooks(run: Run, checkpoint: dict[str, Any]) -> None:
+def _call_hooks(hooks: list[tuple[str, Any]], checkpoint: dict[str, Any]) -> None:
     """Let callbacks, module and DataModule look at the checkpoint, and add to it."""
-    from xtrain.checkpoint.plain import check_readable
-
-    for owner, hook in savers(run, "on_save_checkpoint"):
+    for owner, hook in hooks:
         before = set(checkpoint)
         hook(checkpoint)
         for key in sorted(set(checkpoint) - before, key=str):
             check_readable(checkpoint[key], f"checkpoint[{key!r}], added by {owner}.on_save_checkpoint")
-    for key, state in checkpoint.get("callbacks", {}).items():
-        check_readable(state, f"state_dict() of the callback {key}")
 
 
 def savers(run: Run, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the owner's class and the hook `name`, bound to the run, of callbacks, module and DataModule."""
     from xtrain.callbacks.base import Callback
+    from xtrain.data.datamodule import LightningDataModule
     from xtrain.hooks import is_overridden
+    from xtrain.module import LightningModule
 
     for callback in run.trainer.callbacks:
         if is_overridden(name, callback, Callback):
             hook = getattr(callback, name)
             yield type(callback).__name__, lambda c, hook=hook: hook(run.trainer, run.module, c)
-    for owner in (run.module, run.datamodule):
-        if owner is not None and hasattr(owner, name):
+    for owner, base in ((run.module, LightningModule), (run.datamodule, LightningDataModule)):
+        if owner is not None and is_overridden(name, owner, base):
             yield type(owner).__name__, getattr(owner, name)
 
 
@@ -192,7 +206,7 @@ def summary_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             }
             for label, state in states.items()
         },
-        "parameters": sum(t.numel() for t in checkpoint["state_dict"].values() if isinstance(t, Tensor)),
+        "parameters": sum(t.numel() for t in checkpoint["state_dict"].values() if isinstance(t, Tensor | Part)),
         "versions": {"xtrain": xtrain.__version__, "torch": torch.__version__},
     }
 

@@ -50,8 +50,9 @@ class CheckpointVerbs(TrainerState):
 
     def _write_checkpoint(self, path: Path, weights_only: bool, background: bool, exception: bool) -> Background | None:
         """Write for a callback; returns the thread if it goes on in the background."""
-        writing = Writing(run_of(self.run), path, weights_only, {"exception": True} if exception else None)
-        if background and not exception:
+        background = background and not exception
+        writing = Writing(run_of(self.run), path, weights_only, {"exception": True} if exception else None, background)
+        if background:
             return Background(writing)
         writing.write()
         writing.finish()
