@@ -272,21 +272,21 @@ class Backend(ABC):
         return None
 
     def training_state(
-        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], form: named.Form = "whole"
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], whole: bool = True
     ) -> dict[str, Any]:
         """Return what is trained as CPU tensors by name, the same on every backend; all ranks call it.
 
         Args:
             module: the user's, set up.
             optimizers: those of `setup_optimizers`.
-            form: see `xtrain.checkpoint.named.Form`.
+            whole: False returns tensors where they are, and a `xtrain.checkpoint.parts.Part` on every rank for shards.
 
         Returns:
             ``"state_dict"``: of the module; ``"optimizer_states"``: by the optimizer's name, each as
             `xtrain.checkpoint.named` describes; both on rank 0 only. ``"gradients"``: this rank's own, by
             optimizer and parameter, where they may count in a later step.
         """
-        return named.taken_state(module, optimizers, self.to_cpu, self.collectives.rank == 0, form)
+        return named.taken_state(module, optimizers, self.collectives.rank == 0, self.to_cpu if whole else list)
 
     def load_training_state(
         self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]

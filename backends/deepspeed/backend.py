@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, final
 
@@ -29,7 +28,7 @@ from .config import check_precision, engine_config, read_config
 from .engine import OptimizerEngine
 from .gradients import give_gradient
 from .rules import RULES
-from .sharding import Attachments, ShardedModule, part_of
+from .sharding import Attachments, ShardedModule, parts_of
 from .state import EngineState
 
 
@@ -227,24 +226,20 @@ class DeepSpeed(ScalingBackend):
             engine.adopt_writes()
 
     def training_state(
-        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], form: named.Form = "whole"
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], whole: bool = True
     ) -> dict[str, Any]:
-        whole = named.copied(named.module_state(module), partial(self._taken, form))
-        states = {label: engine.read(form) for label, engine in self._engine_states(optimizers).items()}
+        weights = named.copied(named.module_state(module), self._whole if whole else parts_of)
+        states = {label: engine.read(whole) for label, engine in self._engine_states(optimizers).items()}
         gradients = named.copied(named.gradients(module, optimizers), self.to_cpu)
-        if self.collectives.rank and form == "whole":
+        if self.collectives.rank and whole:
             return {"gradients": gradients}
-        return {"state_dict": whole, "optimizer_states": states, "gradients": gradients}
+        return {"state_dict": weights, "optimizer_states": states, "gradients": gradients}
 
-    def _taken(self, form: named.Form, tensors: list[Tensor]) -> list[Any]:
-        """Return CPU tensors: of what is whole here on rank 0, of what is not all of it there, or each rank's part."""
-        first = self.collectives.rank == 0
-        if self._sharded is not None and form == "whole":
-            return self._sharded.copies(tensors, first)
-        parts = [None if self._sharded is None else part_of(tensor, form == "live") for tensor in tensors]
-        rest = [tensor for tensor, part in zip(tensors, parts, strict=True) if part is None]
-        taken = iter(named.taken(self.to_cpu, form == "live", rest) if first else rest)
-        return [next(taken) if part is None else part for part in parts]
+    def _whole(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return copies on the CPU of what is whole on this rank, on rank 0 also of what is not."""
+        if self._sharded is not None:
+            return self._sharded.copies(tensors, self.collectives.rank == 0)
+        return self.to_cpu(tensors) if self.collectives.rank == 0 else tensors
 
     def _engine_states(self, optimizers: Sequence[OptimizerHandle]) -> dict[str, EngineState]:
         labels = named.names_of_optimizers(optimizers)

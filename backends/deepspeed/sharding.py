@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtrain.checkpoint import named
 from xtrain.checkpoint.parts import Part
 from xtrain.errors import ProtocolError, explain
 
@@ -148,20 +147,20 @@ class ShardedModule:
         self._engine.destroy()
 
 
-def part_of(tensor: Any, live: bool) -> Part | None:
-    """Return this rank's part of a parameter of ZeRO 3 that is not whole now; None for any other tensor.
+def parts_of(tensors: Iterable[Any]) -> list[Any]:
+    """Return this rank's parts of what is not whole now, parameters of ZeRO 3, and other tensors as they are."""
+    return [_part(t) if _is_away(t) else t for t in tensors]
 
-    Args:
-        tensor: of the module.
-        live: without a copy, if it lies on the CPU.
-    """
-    if getattr(tensor, "ds_status", None) is None or tensor.ds_status.name != "NOT_AVAILABLE":
-        return None
-    size = tensor.ds_tensor.ds_numel  # the last ranks' part is shorter, or nothing
-    start = min(size * torch.distributed.get_rank(), tensor.ds_numel)
-    own = tensor.ds_tensor.detach().view(-1)[: min(size, tensor.ds_numel - start)]
-    (numbers,) = named.taken(lambda tensors: [t.to("cpu", copy=True) for t in tensors], live, [own])
-    return Part(numbers, start, tuple(tensor.ds_shape))
+
+def _is_away(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_status") and tensor.ds_status.name == "NOT_AVAILABLE"
+
+
+def _part(parameter: Any) -> Part:
+    size = parameter.ds_tensor.ds_numel  # the last ranks' part is shorter, or nothing
+    start = min(size * torch.distributed.get_rank(), parameter.ds_numel)
+    own = parameter.ds_tensor.detach().view(-1)[: min(size, parameter.ds_numel - start)]
+    return Part(own, start, tuple(parameter.ds_shape))
 
 
 def _copy_whole(name: str, parameter: Any, memo: dict[int, Any]) -> Any:
@@ -185,7 +184,7 @@ def _not_whole(name: str, line: str) -> ProtocolError:
 
 
 def _gather(parameters: list[Any]) -> None:
-    missing = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
+    missing = [p for p in parameters if _is_away(p)]
     with torch.inference_mode(False), torch.no_grad():
         if missing:
             missing[0].all_gather(param_list=missing)

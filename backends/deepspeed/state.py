@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from xtrain.checkpoint.named import Form, Saved, check_groups, keeps_gradients, load_settings
+from xtrain.checkpoint.named import Saved, check_groups, keeps_gradients, load_settings
 from xtrain.checkpoint.parts import Part
 from xtrain.collectives import Collectives
 from xtrain.contract import OptimizerHandle
@@ -44,11 +44,11 @@ class EngineState:
 
     # ---------------------------------------------------------------- out
 
-    def read(self, form: Form) -> Saved:
+    def read(self, whole: bool) -> Saved:
         """Return the state, see `xtrain.checkpoint.named`; all ranks call it.
 
         Args:
-            form: see `xtrain.contract.Backend.training_state`; whole tensors are on rank 0 only.
+            whole: see `xtrain.contract.Backend.training_state`.
 
         Raises:
             CheckpointError: for gradients of the last step that the next one may still use.
@@ -60,7 +60,7 @@ class EngineState:
         if self._engine.stage == 0:
             state, master = self._unsharded()
         else:
-            state, master = self._gathered(form == "whole")
+            state, master = self._gathered(whole)
         low = {n: p.dtype for n, p in self._parameters.items()}
         return {
             "class": type(self._raw).__name__,
@@ -124,7 +124,7 @@ class EngineState:
         found = {}
         for name in names:
             piece = mine.get(name, Piece(name, number, 0, 0, 0))
-            numbers = own[piece.at : piece.at + piece.count].to("cpu", copy=True)
+            numbers = own[piece.at : piece.at + piece.count]
             found[name] = Part(numbers, piece.start, tuple(self._shapes[name]))
         return found
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-from xtrain.checkpoint.named import Form
 from xtrain.contract import Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
@@ -284,11 +283,11 @@ class FSDP(EagerBackend):
         return nullcontext() if self._sharded is None else self._sharded.full_parameters(module)
 
     def training_state(
-        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], form: Form = "whole"
+        self, module: nn.Module, optimizers: Sequence[OptimizerHandle], whole: bool = True
     ) -> dict[str, Any]:
         assert self._sharded is not None
         self._passes.release()
-        return training_state(module, optimizers, self._sharded, form, self.collectives.rank == 0)
+        return training_state(module, optimizers, self._sharded, whole, self.collectives.rank == 0)
 
     def load_training_state(
         self, module: nn.Module, optimizers: Sequence[OptimizerHandle], state: Mapping[str, Any]

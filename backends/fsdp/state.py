@@ -20,12 +20,11 @@ from .sharding import ShardedModule, gathered, part_of
 
 
 def training_state(
-    module: nn.Module, optimizers: Sequence[OptimizerHandle], sharded: ShardedModule, form: named.Form, first: bool
+    module: nn.Module, optimizers: Sequence[OptimizerHandle], sharded: ShardedModule, whole: bool, first: bool
 ) -> dict[str, Any]:
     """Return what `xtrain.contract.Backend.training_state` describes; `first` is true on rank 0."""
-    take = partial(_whole, first) if form == "whole" else partial(_parts, form == "live")
-    state = named.copied(named.training_state(module, optimizers), take)
-    return {**(state if first or form != "whole" else {}), "gradients": _gradients(module, optimizers, sharded)}
+    state = named.copied(named.training_state(module, optimizers), partial(_whole, first) if whole else _parts)
+    return {**(state if first or not whole else {}), "gradients": _gradients(module, optimizers, sharded)}
 
 
 def _whole(keep: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -37,21 +36,13 @@ def _whole(keep: bool, tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _parts(live: bool, tensors: Sequence[Tensor]) -> list[Any]:
-    """Return CPU tensors, of shards this rank's part; if `live`, without a copy of what lies on the CPU."""
-    locals_ = [local(tensor).detach() for tensor in tensors]
-    flat = [own.reshape(-1) if isinstance(t, DTensor) else own for own, t in zip(locals_, tensors, strict=True)]
-    taken = named.taken(_copies, live, flat)
-    return [_part(t, own) if isinstance(t, DTensor) else own for own, t in zip(taken, tensors, strict=True)]
+def _parts(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_part(tensor) if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.to("cpu", copy=True) for tensor in tensors]
-
-
-def _part(tensor: DTensor, numbers: Tensor) -> Part:
+def _part(tensor: DTensor) -> Part:
     """Return this rank's rows of a tensor, whose first dimension FSDP2 splits."""
-    shape = tuple(tensor.shape)
+    shape, numbers = tuple(tensor.shape), local(tensor).detach().reshape(-1)
     _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     return Part(numbers, offset[0] * torch.Size(shape[1:]).numel() if numbers.numel() else 0, shape)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoints"
 LAST = "last"
+_FIELD = r"\{([^{}:]+)(:[^{}]*)?\}"  # of a filename: name, and how to write it
 
 
 class ModelCheckpoint(Callback):
@@ -161,7 +162,7 @@ class ModelCheckpoint(Callback):
         if due and (step, epoch) != (self._saved_step, self._saved_epoch):
             self._saved_step, self._saved_epoch = step, epoch
             self._clock = time.monotonic()
-            self._save(trainer, self.format_checkpoint_name(_metrics(trainer)))
+            self._save(trainer, self.format_checkpoint_name(self._named(trainer)))
 
     def _steps_passed(self, step: int) -> bool:
         """Return whether a multiple of the interval was passed since the last point."""
@@ -207,7 +208,14 @@ class ModelCheckpoint(Callback):
             text = format(float(value) if spec.endswith(("f", "e", "g")) else value, spec.removeprefix(":"))
             return f"{name}={text}" if self._insert else text
 
-        return re.sub(r"\{([^{}:]+)(:[^{}]*)?\}", insert, template).replace("/", "_")
+        return re.sub(_FIELD, insert, template).replace("/", "_")
+
+    def _named(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what the name may have in it; a metric is only read if the name has it: that waits for the device."""
+        fields = {found[1] for found in re.finditer(_FIELD, self.filename or "")}
+        metrics = trainer.callback_metrics if fields - {"epoch", "step"} else {}
+        values = {name: float(value) for name, value in metrics.items()}
+        return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step}
 
     def _save(self, trainer: Trainer, name: str, exception: bool = False) -> None:
         from xtrain.checkpoint.format import SUFFIX
@@ -301,11 +309,6 @@ class ModelCheckpoint(Callback):
 def _check(expected: str, holds: bool, received: Any, fix: str) -> None:
     if not holds:
         raise ConfigurationError(explain(expected, repr(received), f"ModelCheckpoint({fix})"))
-
-
-def _metrics(trainer: Trainer) -> dict[str, Any]:
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
 
 
 def _free(path: Path) -> Path:

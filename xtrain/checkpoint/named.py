@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from xtrain.tensors import map_tensors, tensors_in
 _IMPLEMENTATION = ("foreach", "fused", "capturable")
 _PARTIAL = "trainer.fit(model, ckpt_path='...', load=('module', 'data')), which lists what it leaves out"
 Saved = dict[str, Any]
-Form = Literal["whole", "parts", "live"]
-"""Of a training state: copies of whole tensors, on rank 0; copies, and on every rank a `xtrain.checkpoint.parts.Part`
-of what the ranks hold in shards; or the same without a copy of what lies on the CPU."""
 Place = Callable[[Tensor, Tensor, str, Mapping[str, Any]], Tensor]
 
 
@@ -128,21 +125,18 @@ def copied(data: Any, to_cpu: Callable[[list[Tensor]], list[Tensor]]) -> Any:
 
 
 def taken_state(
-    module: nn.Module, optimizers: Sequence[Handle], to_cpu: Callable[[list[Tensor]], list[Tensor]], first: bool,
-    form: Form,
-) -> dict[str, Any]:  # fmt: skip
+    module: nn.Module, optimizers: Sequence[Handle], first: bool, take: Callable[[list[Tensor]], list[Tensor]]
+) -> dict[str, Any]:
     """Return what `xtrain.contract.Backend.training_state` describes, of a module that every rank has whole.
 
     Args:
         module: the user's.
         optimizers: those of the run.
-        to_cpu: copies a list of tensors to the CPU.
         first: whether this is rank 0.
-        form: of what is returned.
+        take: returns what becomes of a list of tensors.
     """
     whole = training_state(module, optimizers) if first else {}
-    state = {**whole, "gradients": gradients(module, optimizers)}
-    return copied(state, partial(taken, to_cpu, form == "live"))  # type: ignore[no-any-return]
+    return copied({**whole, "gradients": gradients(module, optimizers)}, take)  # type: ignore[no-any-return]
 
 
 def taken(to_cpu: Callable[[list[Tensor]], list[Tensor]], live: bool, tensors: list[Tensor]) -> list[Tensor]:

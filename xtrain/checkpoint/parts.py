@@ -25,7 +25,7 @@ class Part:
     """Consecutive numbers of a flattened tensor, which lie on this rank.
 
     Attributes:
-        numbers: one dimension, on the CPU; none if this rank has no part of it.
+        numbers: one dimension; none if this rank has no part of it.
         start: where they begin in the flattened tensor.
         shape: of the whole tensor.
     """
@@ -58,7 +58,7 @@ class Splitter:
             place: the name of the file.
         """
         if isinstance(content, Part):
-            key = self._keys.setdefault(id(content), place)
+            key = self._keys.setdefault(id(content.numbers), place)
             self.shard[key] = content.start, content.numbers
             return {_KEY: key, "shape": tuple(content.shape), "dtype": content.numbers.dtype}
         if isinstance(content, dict):

@@ -45,19 +45,15 @@ def collect(run: Run, weights_only: bool = False, background: bool = False) -> t
         CheckpointError: at a moment, or for objects, whose state cannot be kept.
     """
     hooks = list(savers(run, "on_save_checkpoint"))
-    trained = _trained(run, "whole" if hooks else "parts" if background else "live")
+    trained = _trained(run, bool(hooks))
     checkpoint, own = _common(run), {}
     if not weights_only:
         checkpoint |= _training(run)
-        own = _own(run)
+        own = _own(run) | {"gradients": trained["gradients"]}
+    checkpoint["state_dict"] = trained.get("state_dict", {})
+    checkpoint["optimizer_states"] = {} if weights_only else trained.get("optimizer_states", {})
     take = partial(named.taken, run.backend.to_cpu, not background)
-    checkpoint, own = named.copied((checkpoint, own), take)
-    checkpoint |= {
-        "state_dict": trained.get("state_dict", {}),
-        "optimizer_states": {} if weights_only else trained.get("optimizer_states", {}),
-    }
-    if not weights_only:
-        own["gradients"] = trained["gradients"]
+    checkpoint, own = named.copied((checkpoint, own), take)  # in one transfer
     if hooks:
         _call_hooks(hooks, checkpoint)
         checkpoint = named.copied(checkpoint, take)
@@ -66,7 +62,7 @@ def collect(run: Run, weights_only: bool = False, background: bool = False) -> t
     return checkpoint, own
 
 
-def _trained(run: Run, form: named.Form) -> dict[str, Any]:
+def _trained(run: Run, whole: bool) -> dict[str, Any]:
     handles = run.life.optimizers
     waiting = [o for o in handles if o.phase is Phase.FINALIZED]
     if waiting:
@@ -74,7 +70,7 @@ def _trained(run: Run, form: named.Form) -> dict[str, Any]:
         received = f"{waiting[0]!r} with gradients that were clipped and wait for a step"
         raise CheckpointError(explain("a save between two steps of each optimizer", received, fix))
     try:
-        return run.backend.training_state(run.module, handles, form)
+        return run.backend.training_state(run.module, handles, whole)
     except KeyError as error:  # the engines are gone
         fix = "ModelCheckpoint(...), or self.trainer.save_checkpoint(path) in on_train_end"
         raise CheckpointError(
