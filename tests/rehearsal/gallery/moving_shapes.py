@@ -22,7 +22,8 @@ class Model(LightningModule):
         opt = self.optimizers()
         classes = y.unique()  # planted: XT-SYNC-02
         kept = self.net(x)[y > 0]  # planted: XT-SYNC-02
-        loss = kept.sum() + self.net(x)[torch.arange(len(x)), y].mean() + classes.sum()
+        repeated = torch.repeat_interleave(x, y, dim=0)  # planted: XT-SYNC-02
+        loss = repeated.sum() + kept.sum() + self.net(x)[torch.arange(len(x)), y].mean() + classes.sum()
         opt.zero_grad()
         self.manual_backward(loss)
         opt.step()

@@ -6,10 +6,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,6 +99,15 @@ class _Watch(Callback):
     def on_train_batch_end(self, trainer: Any, module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._training = False
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Note nothing inside."""
+        training, self._training = self._training, False
+        try:
+            yield
+        finally:
+            self._training = training
+
     def note(self, id: str) -> None:
         """Note the user's line that runs now, if it is the one that waits."""
         place = _waiting() if self._training else NOWHERE
@@ -117,7 +128,7 @@ class _Operations(TorchDispatchMode):
         packet = function._overloadpacket
         if packet in _READS:
             self._watch.note("XT-SYNC-01")
-        elif packet in _SHAPES or (packet in _INDEXING and _has_mask(args[1])):
+        elif packet in _SHAPES or _depends_on_numbers(packet, args, kwargs or {}):
             self._watch.note("XT-SYNC-02")
         return function(*args, **(kwargs or {}))
 
@@ -132,6 +143,9 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is one_hot and _classes_of(args, kwargs or {}) >= 0:
+            with self._watch.quiet():  # the number of classes is checked on the CPU only
+                return function(*args, **(kwargs or {}))
         moved = function is Tensor.to and _names_the_host((*args[1:], *(kwargs or {}).values()))
         # A library moves a tensor to where another one is, which is the host here only.
         if function in _COPIES or (moved and is_users(sys._getframe(1).f_code.co_filename)):
@@ -139,8 +153,21 @@ class _Functions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _depends_on_numbers(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if packet is _ATEN.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if packet not in _INDEXING or not _has_mask(args[1]):
+        return False
+    value = args[2] if len(args) > 2 else None  # x[mask] = 0.0 fills where the mask is, and needs no shape
+    return not (isinstance(value, Tensor) and value.dim() == 0)
+
+
 def _has_mask(indices: Any) -> bool:
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _classes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return int(kwargs.get("num_classes", args[1] if len(args) > 1 else -1))
 
 
 def _names_the_host(arguments: tuple[Any, ...]) -> bool:
