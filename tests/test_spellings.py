@@ -97,7 +97,6 @@ def test_disagreement_or_unknown_spelling(options, parts):
         ("nonfinite_loss", "raise"),
         ("nonfinite_loss", None),
         ("gradient_clip_val", -1.0),
-        ("gradient_clip_val", 0),
         ("gradient_clip_val", float("nan")),
         ("gradient_clip_val", "1"),
     ],

@@ -192,7 +192,8 @@ def test_step_returning_none_is_skipped_in_automatic_optimization():
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 1 else loss
 
-    module, run = trained(module=Skipping())
+    with pytest.warns(UserWarning, match="Expected a loss from training_step"):
+        module, run = trained(module=Skipping())
     assert module.seen == [0, 1, 2, 3]
     assert run.global_step == 3
 
