@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import random
+from functools import partial
 
+import metric_jobs
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from small import rows
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import LightningModule, ModelCheckpoint, Trainer, seed_everything
+from xtrain import CheckpointError, LightningModule, ModelCheckpoint, Trainer, seed_everything
+from xtrain.testing.ranks import Ranks
 
 
 class Noisy(Dataset):
@@ -114,3 +117,35 @@ def test_three_generations_are_one_run(tmp_path, precision):
         assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
     assert trainer.callback_metrics == reference.callback_metrics
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_metrics_of_half_an_epoch_go_on_with_another_number_of_processes(before, after, tmp_path):
+    path = str(tmp_path / "half.ckpt")
+    for count, options in ((before, {"stop": 6 // before}), (after, {"go_on": True})):
+        ranks = Ranks(count)
+        try:
+            results = ranks.run(partial(metric_jobs.run, path, **options))
+        finally:
+            ranks.close()
+    for values, seen, _ in results:
+        assert values == {"own": 78.0, "mean": 6.5, "largest": 12.0}
+        assert seen == [float(n) for n in range(1, 13)]
+
+
+def test_a_metric_whose_ranks_cannot_be_reduced_is_refused_on_another_number_of_processes(tmp_path):
+    path = str(tmp_path / "half.ckpt")
+    ranks = Ranks(2)
+    try:
+        ranks.run(partial(metric_jobs.run, path, stop=3, unreduced=True))
+    finally:
+        ranks.close()
+    with pytest.raises(CheckpointError, match=r"a reduction for 'last' of CatMetric 'all'"):
+        metric_jobs.run(path, go_on=True, unreduced=True)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 12])
+def test_what_a_hook_saved_at_the_end_of_a_batch_goes_on_with_the_next_one(stop, tmp_path):
+    path = str(tmp_path / "hook.ckpt")
+    assert metric_jobs.run(path, stop=stop) is None
+    assert metric_jobs.run(path, go_on=True) == metric_jobs.run(path)

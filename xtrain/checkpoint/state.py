@@ -106,10 +106,10 @@ def _training(run: Run) -> dict[str, Any]:
             for label, handle in zip(named.names_of_optimizers(handles), handles, strict=True)
         },
         "progress": {
-            "batches": progress.batches,
-            "done": progress.done,
+            "batches": progress.batches + progress.ending,
+            "done": progress.made,
             "window": run.window,
-            "logged_steps": progress.logged_steps,
+            "logged_steps": progress.logged_steps + int(progress.ending and not run.accumulating),
         },
         "data": _data(run),
         "loggers": [logger.state_dict() for logger in trainer.loggers],
@@ -120,7 +120,7 @@ def _training(run: Run) -> dict[str, Any]:
 def _data(run: Run) -> dict[str, Any]:
     loader = run.plan.loader
     return {
-        "batches": run.trainer.progress.done,
+        "batches": run.trainer.progress.made,
         "samples_per_batch": samples_per_batch(loader),
         "world_size": run.trainer.world_size,
         "seeds": seeds_of(loader),
@@ -189,7 +189,7 @@ def summary_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     counts = checkpoint.get("optimizers", {})
     return {
         "epoch": checkpoint["epoch"],
-        "batches": run.trainer.progress.done,
+        "batches": run.trainer.progress.made,
         "global_step": checkpoint["global_step"],
         "backend": run.backend.name,
         "precision": run.trainer.precision.name,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xtrain.errors import CheckpointError, explain
@@ -111,8 +113,9 @@ def load_metric_state(
         if metric.shown_early:
             shown[metric.name] = shown[metric.step_name] = metric
     for name, metric in _torchmetrics(module):
-        if name in first["torchmetrics"]:
-            _set_accumulated(metric, first["torchmetrics"][name])
+        saved = [state["torchmetrics"][name] for state in states if name in state["torchmetrics"]]
+        if saved:
+            _set_accumulated(metric, saved[0] if ranks is None else _divided(metric, name, saved, log._ranks.rank))
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -141,6 +144,33 @@ def _merged(states: Sequence[Mapping[str, Any]], op: str | None, sync: bool, ran
         "max": max(values),
     }
     return {**merged, "read": [folds[op]], "read_weights": [mass / share]}
+
+
+def _divided(metric: Any, name: str, saved: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
+    """Return what this rank has of a torchmetrics object that other ranks filled: reduced, it comes to the same.
+
+    Sums and lists go to the first rank; the others begin with none. What is the same however often it is reduced (the
+    largest, the smallest, a mean) goes to all.
+
+    Raises:
+        CheckpointError: if torchmetrics has no reduction for a state: its `compute` wants one for each rank.
+    """
+    state: dict[str, Any] = {}
+    for key, reduction in metric._reductions.items():
+        values = [other["state"][key] for other in saved]
+        if isinstance(values[0], list):
+            reduced: Any = [part for value in values for part in value]
+        elif reduction is None:
+            fix = f"trainer.fit(model, ckpt_path='...') on {len(saved)} processes, or load=('module', 'optimizers')"
+            message = explain(
+                f"a reduction for {key!r} of {type(metric).__name__} {name!r}", "dist_reduce_fx=None", fix
+            )
+            raise CheckpointError(message)
+        else:
+            reduced = reduction(torch.stack(values))
+        shared = not isinstance(reduced, list) and torch.equal(reduction(torch.stack([reduced, reduced])), reduced)
+        state[key] = reduced if rank == 0 or shared else copy.deepcopy(metric._defaults[key])
+    return {"state": state, "count": sum(other["count"] for other in saved)}
 
 
 def _set_accumulated(metric: Any, saved: Mapping[str, Any]) -> None:

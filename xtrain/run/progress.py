@@ -17,6 +17,7 @@ class Progress:
         batch_idx: the current batch of the epoch, from 0.
         is_last_batch: whether it is the last of its epoch.
         done: batches of the current epoch whose steps were made.
+        ending: 1 while hooks are told the end of a batch, which is not among `done` yet; its steps were made.
         logged_steps: the x-axis of the loggers: training batches, those that automatic optimization accumulates
             counted as one.
     """
@@ -28,4 +29,10 @@ class Progress:
     batch_idx: int = 0
     is_last_batch: bool = False
     done: int = 0
+    ending: int = 0
     logged_steps: int = 0
+
+    @property
+    def made(self) -> int:
+        """Batches of the current epoch whose steps were made: who goes on from here begins with the next one."""
+        return self.done + self.ending

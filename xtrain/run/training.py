@@ -79,7 +79,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
     progress, counted = trainer.progress, int(trainer.step_counting == "training")
     accumulates = trainer.accumulate_grad_batches > 1
     run.call("on_train_epoch_start")
-    start = progress.done
+    start, progress.ending = progress.done, 0
     progress.batch_idx, progress.first_batch, run.remark = start - 1, progress.batches - start, ""
     for index, (batch, last) in enumerate(run.epoch(), start):
         progress.batch_idx, progress.is_last_batch, outputs = index, last, None
@@ -99,7 +99,9 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             progress.global_step += counted
             life.stepped = False
         if at_end:
+            progress.ending = 1
             run.call("on_train_batch_end", detached_outputs(outputs, trainer.accumulate_grad_batches), batch, index)
+            progress.ending = 0
         if life.last_loss is not None:
             metrics.checks["loss"] = life.last_loss
         if not (accumulates and run.accumulating):
