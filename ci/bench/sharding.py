@@ -2,8 +2,9 @@
 
 All train the same network of some 50 million parameters with AdamW on two processes, clip the gradients, and come to
 the same parameters. They take turns, as in `ci/bench/ddp.py`; the figure to read is the median of the ratios to FSDP2
-by hand in the same round. Bytes are counted from the tensors a process holds, not read from the system, and stand
-beside what arithmetic says. The last table shows in what order the backward computes and communicates.
+by hand in the same round: of the time that passed, and, where other programs run beside, of the processor's time.
+Bytes are counted from the tensors a process holds, not read from the system, and stand beside what arithmetic says.
+The last table shows in what order the backward computes and communicates.
 
     python ci/bench/sharding.py
     python ci/bench/sharding.py --deepspeed        counts bytes of ZeRO 2 and 3, too, where DeepSpeed is installed
@@ -16,7 +17,8 @@ import argparse
 import copy
 import os
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -136,6 +138,22 @@ ZERO: dict[str, tuple[str, Options]] = {f"deepspeed, stage={n}": ("deepspeed", {
 # ------------------------------------------------------------------ measuring
 
 
+class Clocks(Stopwatch):
+    """Keeps the processor's seconds of each measured step beside those that passed."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        super().__init__(batches)
+        self.processor: list[float] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        before = time.process_time()
+        for index, batch in enumerate(super().__iter__()):
+            yield batch
+            now = time.process_time()
+            self.processor += [now - before] if index >= UNMEASURED else []
+            before = now
+
+
 def join() -> None:
     Trainer("fsdp", enable_progress_bar=False).backend.launch()
 
@@ -145,20 +163,23 @@ def batches_of(width: int, batch: int, count: int, rank: int) -> list[Tensor]:
     return [torch.randn(batch, width) for _ in range(count)]
 
 
-def measure(size: tuple[int, int, int], rounds: int, steps: int, world_size: int, rank: int) -> list[list[float]]:
-    """Return the median seconds per step of each contender (a row) in each round; runs on every rank."""
+Turn = tuple[float, float]
+
+
+def measure(size: tuple[int, int, int], rounds: int, steps: int, world_size: int, rank: int) -> list[list[Turn]]:
+    """Return the median seconds per step, passed and of the processor, of each contender (a row) in each round."""
     join()
     width, depth, batch = size
     start = make_network(width, depth)
     batches = batches_of(width, batch, steps + UNMEASURED, rank)
-    times: list[list[float]] = [[] for _ in CONTENDERS]
+    times: list[list[Turn]] = [[] for _ in CONTENDERS]
     expected: dict[str, Tensor] = {}
     for turn in range(rounds):
         order = list(enumerate(CONTENDERS.values()))
         for index, train in order[turn % len(order) :] + order[: turn % len(order)]:
-            network, stopwatch = copy.deepcopy(start), Stopwatch(batches)
-            train(network, stopwatch)
-            times[index].append(statistics.median(stopwatch.seconds))
+            network, clocks = copy.deepcopy(start), Clocks(batches)
+            train(network, clocks)
+            times[index].append((statistics.median(clocks.seconds), statistics.median(clocks.processor)))
             state: dict[str, Any] = dict(network.state_dict())
             whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
             expected = expected or {name: value.clone() for name, value in whole.items()}
@@ -188,14 +209,17 @@ def order_of_events(size: tuple[int, int, int], options: Options, world_size: in
     return "".join(letters.get(event.name, "") for event in events)
 
 
-def print_times(times: list[list[float]]) -> float:
+def print_times(times: list[list[Turn]]) -> float:
     """Print the table of times; return the ratio of the default."""
-    print("| loop, 2 processes | ms per step | over FSDP2 by hand | quartiles |\n|---|---|---|---|")
+    print("| loop, 2 processes | ms per step | over FSDP2 by hand | quartiles | processor time over FSDP2 by hand |")
+    print("|---|---|---|---|---|")
     ours = 0.0
-    for label, seconds in zip(CONTENDERS, times, strict=True):
-        ratios = [a / b for a, b in zip(seconds, times[0], strict=True)]
+    for label, turns in zip(CONTENDERS, times, strict=True):
+        ratios, processor = ([a[i] / b[i] for a, b in zip(turns, times[0], strict=True)] for i in (0, 1))
         lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-        print(f"| {label} | {statistics.median(seconds) * 1e3:.0f} | {middle:.3f} | {lower:.2f} to {upper:.2f} |")
+        passed = statistics.median(seconds for seconds, _ in turns) * 1e3
+        spread = f"{lower:.2f} to {upper:.2f}"
+        print(f"| {label} | {passed:.0f} | {middle:.3f} | {spread} | {statistics.median(processor):.3f} |")
         ours = middle if label == "fsdp" else ours
     return ours
 
