@@ -98,15 +98,25 @@ def state_of(
     """
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
+    trained = [p for p in tensors if p.requires_grad and not is_lazy(p)]
+    if trained and all(optimizer.state.get(p) for p in trained):  # Adagrad of torch 2.9 makes it at once
+        return round(sum(_bytes(_sizes_of(optimizer.state[p]), held(p) / (p.numel() or 1)) for p in trained))
     total = 0.0
-    kinds = Counter((p.shape, p.dtype, held(p)) for p in tensors if p.requires_grad and not is_lazy(p))
+    kinds = Counter((p.shape, p.dtype, held(p)) for p in trained)
     for (shape, dtype, own), count in kinds.items():
         made = _made_by(optimizer, shape, dtype)
         if made is None:
             return None
-        share = own / (math.prod(shape) or 1)
-        total += count * sum(n * size * (share if n > 1 else 1) for n, size in made)
+        total += count * _bytes(made, own / (math.prod(shape) or 1))
     return round(total)
+
+
+def _bytes(made: Iterable[tuple[int, int]], share: float) -> float:
+    return sum(n * size * (share if n > 1 else 1) for n, size in made)
+
+
+def _sizes_of(state: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return [(value.numel(), value.element_size()) for value in state.values() if isinstance(value, Tensor)]
 
 
 def _made_by(optimizer: Optimizer, shape: Sequence[int], dtype: torch.dtype) -> list[tuple[int, int]] | None:
