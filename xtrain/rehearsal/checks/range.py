@@ -23,7 +23,7 @@ _MANY_STUCK = 0.95
 _LEAST = 16  # parameters of a layer: what happens to fewer says little
 _STEPS = 4
 _LARGEST_SCALE, _MOST_STEPS = 40, 64  # each skipped step halves the scale
-_PATIENCE = 8.0  # seconds in real fp16, where a convolution is about
+_PATIENCE = 16.0  # seconds in real fp16, where a convolution is about
 _SLOWER = 22  # times slower than in fp32 (measured)
 
 
@@ -37,6 +37,7 @@ class Range(Check):
         "XT-RANGE-03": "warning",
     }
     targets: ClassVar[tuple[str, ...]] = (MIXED, HALVES, BRAIN)
+    seconds: ClassVar[float] = 60.0
 
     def run(self, request: Request) -> Iterator[Yield]:
         """Look at one fit for all precisions; a second one, in real fp16, confirms an overflow, and finds the scale."""
@@ -45,6 +46,7 @@ class Range(Check):
         with watch.products:
             request.subject.fit(module, max(request.steps, _STEPS), [watch])
         asked = sorted(request.targets & {MIXED, HALVES})
+        scale = 2.0 ** min(_settled(watch), _FIRST_SCALE)
         if MIXED in asked or (asked and watch.overflow is not None):
             real, told = _in_real(request, watch, time.monotonic() - began)
             if told and real.overflow is None:
@@ -52,8 +54,9 @@ class Range(Check):
             yield from _overflows(watch, real, told, asked[0])
             if real.good >= _STEPS and not told:
                 yield Figure("range.scale", real.scale)
+                scale = min(scale, real.scale)
         if asked:
-            yield from _vanished(watch, module, asked)
+            yield from _vanished(watch, module, {MIXED: scale, HALVES: 1.0}, asked)
         if BRAIN in request.targets:
             yield from _stuck(watch, module)
 
@@ -117,27 +120,26 @@ def _overflows(watch: NumberWatch, real: NumberWatch, told: str, target: str) ->
 # ---------------------------------------------------------------- too small
 
 
-def _vanished(watch: NumberWatch, module: nn.Module, asked: list[str]) -> Iterator[Yield]:
+def _vanished(watch: NumberWatch, module: nn.Module, scales: Mapping[str, float], asked: list[str]) -> Iterator[Yield]:
     """Yield the shares, and for each precision the layer that loses most."""
     shares = {}
     for target in asked:
-        scale = min(_settled(watch), _FIRST_SCALE) if target == MIXED else 0
-        gone = {layer: _small(sizes, scale) for layer, sizes in watch.gradients.items()}
+        gone = {layer: _small(sizes, scales[target]) for layer, sizes in watch.gradients.items()}
         seen = {layer: sizes.total() for layer, sizes in watch.gradients.items()}
         shares[target] = _share(gone, seen)
         layer, most = _worst(gone, seen, watch.sizes)
         if most > _MANY_VANISH:
             text = (
                 f"{most:.0%} of the gradients of {_named(layer)} are zero in fp16 "
-                f"with a scale of {2.0**scale:.4g} ({shares[target]:.0%} of all)"
+                f"with a scale of {scales[target]:.4g} ({shares[target]:.0%} of all)"
             )
             fix = f"Trainer(precision='{'bf16-mixed' if target == MIXED else MIXED}')"
             yield Finding("XT-RANGE-02", text, fix, *place_of_layer(module, layer), target)
     yield Figure("range.vanished", shares)
 
 
-def _small(sizes: Counter[int], scale: int) -> int:
-    return sum(count for exponent, count in sizes.items() if exponent + scale <= VANISHES)
+def _small(sizes: Counter[int], scale: float) -> int:
+    return sum(count for exponent, count in sizes.items() if exponent + math.log2(scale) <= VANISHES)
 
 
 # ---------------------------------------------------------------- too small a change
