@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xtrain.compat.backends import FALLBACK
 from xtrain.data.batches import size_of
+from xtrain.data.combined import combined
 from xtrain.data.datamodule import LightningDataModule
 from xtrain.errors import ConfigurationError, explain
 from xtrain.hooks import is_overridden
@@ -86,7 +87,7 @@ class Subject:
     def batches(self, module: LightningModule, count: int) -> list[Any]:
         """Return the first `count` batches, fewer if there are fewer."""
         loader = self.loader(module)
-        return [None] * count if loader is None else list(itertools.islice(loader, count))
+        return [None] * count if loader is None else list(itertools.islice(combined(loader), count))
 
     def fit(self, module: LightningModule, steps: int, callbacks: Iterable[Any] = (), **options: Any) -> Trainer:
         """Train `module` for `steps` steps, of several epochs if there are fewer batches, and return the Trainer.

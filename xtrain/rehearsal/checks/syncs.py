@@ -146,9 +146,7 @@ class _Functions(TorchFunctionMode):
         if function is one_hot and _classes_of(args, kwargs or {}) >= 0:
             with self._watch.quiet():  # the number of classes is checked on the CPU only
                 return function(*args, **(kwargs or {}))
-        moved = function is Tensor.to and _names_the_host((*args[1:], *(kwargs or {}).values()))
-        # A library moves a tensor to where another one is, which is the host here only.
-        if function in _COPIES or (moved and is_users(sys._getframe(1).f_code.co_filename)):
+        if function in _COPIES or (function is Tensor.to and _names_the_host((*args[1:], *(kwargs or {}).values()))):
             self._watch.note("XT-SYNC-03")
         return function(*args, **(kwargs or {}))
 
@@ -171,7 +169,8 @@ def _classes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _names_the_host(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, str | torch.device) and torch.device(a).type == _HOST.type for a in arguments)
+    """Return whether ``"cpu"`` is written there; a device that is an object is that of another tensor, mostly."""
+    return _HOST.type in [argument for argument in arguments if isinstance(argument, str)]
 
 
 def _waiting() -> Place:
