@@ -97,7 +97,9 @@ class Subject:
             steps: training batches.
             callbacks: that watch.
             **options: of the Trainer; default: cpu, 32-true, one device, no logger, bar, validation or sanity check.
+                Besides, `ckpt_path`: a checkpoint to go on from.
         """
+        ckpt_path = options.pop("ckpt_path", None)
         settings: dict[str, Any] = {
             "backend": FALLBACK, "precision": "32-true", "devices": 1, "logger": False, "enable_progress_bar": False,
             "limit_val_batches": 0, "num_sanity_val_steps": 0, **self.options, **options,
@@ -106,7 +108,7 @@ class Subject:
         is_module = isinstance(self.data, LightningDataModule)
         given: dict[str, Any] = {"datamodule": self.data} if is_module else {"train_dataloaders": self.data}
         with noting():
-            trainer.fit(module, **given, steps=steps)
+            trainer.fit(module, **given, steps=steps, ckpt_path=ckpt_path)
         return trainer
 
 
