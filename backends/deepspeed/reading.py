@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
@@ -14,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from xtrain.errors import ProtocolError, explain
 
-_OWN = ("deepspeed", "xtrain_backends", "xtrain")  # whose code knows about shards; that of callbacks does not
-_NAIVE = ("xtrain.callbacks", "xtrain.testing")
+from ..eager.callers import line_of, user_frame
+
 _LINEAR = "deepspeed.runtime.zero.linear"  # stands in for torch.nn.functional.linear
 _KNOWN: Any = Tensor  # its properties are descriptors, which torch declares as values
 
@@ -67,7 +66,7 @@ class RefusesShards(TorchFunctionMode):
     ) -> Any:
         for value in _values(args):
             if type(value) is nn.Parameter and self._is_away(value) and func not in _HARMLESS:
-                frame = _user_frame()
+                frame = user_frame(sys._getframe(1), ("deepspeed",), (_LINEAR,))
                 if frame is None:
                     break
                 if func in _ANSWERS:
@@ -90,22 +89,9 @@ def _values(args: Sequence[Any]) -> Iterator[Any]:
             yield value
 
 
-def _user_frame() -> FrameType | None:
-    """Return the frame that called torch, if it is the user's; None for code that knows about shards."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        top = name.split(".")[0]
-        if top != "torch" and name != _LINEAR:
-            return None if top in _OWN and not name.startswith(_NAIVE) else frame
-        frame = frame.f_back
-    return None
-
-
 def _refusal(name: str, frame: FrameType, for_loss: bool) -> ProtocolError:
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() or "..."
     received = f"a part of it in {frame.f_code.co_name}: ZeRO 3 keeps it in shards between forwards"
-    fix = f"with self.trainer.backend.full_parameters(self.{name.split('.')[0]}): {line}"
+    fix = f"with self.trainer.backend.full_parameters(self.{name.split('.')[0]}): {line_of(frame)}"
     if for_loss and torch.is_grad_enabled():
         fix += "  # for a loss over parameters with its self.manual_backward(loss)"
     return ProtocolError(explain(f"a whole {name} to read or write", received, fix))

@@ -30,6 +30,7 @@ from .mesh import make_mesh, read_mesh
 from .options import check_choice, read_mixed
 from .outside import ExplainsShards
 from .passes import Passes
+from .pending import wait_for_reduction, wait_no_more
 from .policy import Policy, check_policy
 from .rules import RULES, mixes
 from .sharding import ShardedModule
@@ -100,6 +101,7 @@ class FSDP(EagerBackend):
         self.axes, self.mixed = read_mesh(mesh, agreed["replicate"]), read_mixed(mixed)
         self._sharded: ShardedModule | None = None
         self._names: dict[nn.Module, str] = {}
+        self._parameter_names: dict[Tensor, str] = {}
         self._passes = Passes((), reduced_in_backward=False)
 
     # ---------------------------------------------------------------- start-up
@@ -138,6 +140,7 @@ class FSDP(EagerBackend):
         mixed = MixedPrecisionPolicy(**self.mixed)
         self._sharded = ShardedModule(module, mesh, self.device, self.shard, mixed, offload, self.methods)
         self._names = {part: name for name, part in module.named_modules()}
+        self._parameter_names = {parameter: name for name, parameter in module.named_parameters()}
         self._passes = Passes(self._sharded.groups, self.reduce == "backward")
         for group in self._sharded.groups if self._replicated else ():
             group.announce(self.collectives.meet)
@@ -151,8 +154,10 @@ class FSDP(EagerBackend):
 
     def teardown(self) -> None:
         if self._sharded is not None:
+            wait_no_more(self._sharded.by_shard)
             self._sharded.restore([o.optimizer for o in self._optimizers])
-        self._sharded, self._passes, self._names = None, Passes((), reduced_in_backward=False), {}
+        self._sharded, self._passes = None, Passes((), reduced_in_backward=False)
+        self._names, self._parameter_names = {}, {}
 
     # ---------------------------------------------------------------- the life of a gradient
 
@@ -176,6 +181,7 @@ class FSDP(EagerBackend):
 
     def zero_grad(self, optimizer: OptimizerHandle, set_to_none: bool = True) -> None:
         super().zero_grad(optimizer, set_to_none)
+        wait_no_more(p.sharded for _, p in self._in_shards(optimizer))
         for _, parameter in self._in_shards(optimizer):
             if set_to_none:
                 parameter.take_local_gradient()
@@ -198,6 +204,9 @@ class FSDP(EagerBackend):
         if self.reduce == "backward":
             for group in self._passes.groups:
                 group.part_versions()
+        elif self._sharded is not None:
+            waiting = [p.sharded for _, p in self._sharded.by_shard.values() if p.local_gradient is not None]
+            wait_for_reduction(waiting, self._parameter_names)
 
     def _leaves(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         known = {} if self._sharded is None else self._sharded.by_shard
@@ -224,6 +233,7 @@ class FSDP(EagerBackend):
         ends = [group.start_reduction(parameters) for group, parameters in reversed(together.items())]
         for end in ends:
             end()
+        wait_no_more(p.sharded for parameters in together.values() for p in parameters)
 
     def unscale_gradients(self, scaler: LossScaler, optimizer: OptimizerHandle) -> None:
         found = scaler.unscale(optimizer)

@@ -5,9 +5,10 @@ import copy
 import torch
 from recipes import WIDTH, Average, Frozen, Muon, Recipe, Uneven, Verbs, batches, mlp, quiet, sgd
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
-from xtrain import LightningModule
+from xtrain import LightningModule, ProtocolError
 
 
 def fit_twice(world_size, rank):
@@ -211,3 +212,77 @@ class Wide(Recipe):
         do.accumulate(mse_loss(self.a(noise), data))
         do.clip(opt, 0.5)
         opt.step()
+
+
+class Early(Recipe):
+    """Looks at gradients between the backward and the step, in a way that is given; `before` prepares it."""
+
+    steps = 2
+
+    def __init__(self, look, before=None):
+        super().__init__()
+        self.look, self.before = look, before
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(50 * self.b(self.a(batch[0])).square().mean())
+        if self.before is not None:
+            self.before(self, opt)
+        self.look(self)
+        opt.step()
+
+
+def clip_by_torch(module):
+    nn.utils.clip_grad_norm_(module.parameters(), 0.2)
+
+
+def clip_values_by_torch(module):
+    nn.utils.clip_grad_value_(module.parameters(), 0.01)
+
+
+def norm_by_torch(module):
+    nn.utils.get_total_norm([p.grad for p in module.a.parameters() if p.grad is not None])
+
+
+def drop_by_module(module):
+    module.zero_grad()
+
+
+def write_by_hand(module):
+    for parameter in module.a.parameters():
+        parameter.grad = None
+
+
+def copy_parameters(module):
+    copy.deepcopy(list(module.a.parameters()))
+
+
+def finalize(module, opt):
+    opt.finalize()
+
+
+def look_early(look, before, options, world_size, rank):
+    """Return the parameters after a training that looks at gradients, or the error; and whether torch is left alone."""
+    module = Early(look, before)
+    try:
+        quiet("fsdp", options).fit(module, batches(module.steps, rank, world_size))
+        outcome = {name: value.clone() for name, value in module.state_dict().items()}
+    except ProtocolError as error:
+        outcome = str(error)
+    return outcome, "grad" not in vars(DTensor)
+
+
+def look_early_by_hand(look):
+    """Return the parameters of the plain loop on whole batches."""
+    module = Early(look)
+    opt = module.configure_optimizers()
+    for batch in batches(module.steps):
+        opt.zero_grad()
+        (50 * module.b(module.a(batch[0])).square().mean()).backward()
+        look(module)
+        opt.step()
+    return module.state_dict()

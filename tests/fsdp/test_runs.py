@@ -144,3 +144,30 @@ def test_mixed_policy_from_a_frozen_start(pair):
     for name, value in expected.items():
         torch.testing.assert_close(parameters[name], value, atol=2e-3, rtol=2e-2)
     assert parameters["a.0.weight"].dtype is torch.float32
+
+
+LOOKS = [jobs.clip_by_torch, jobs.clip_values_by_torch, jobs.norm_by_torch, jobs.drop_by_module, jobs.write_by_hand]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_gradients_that_wait_for_their_reduction_are_not_read_or_written(pair, look):
+    for said, alone in pair.run(partial(jobs.look_early, look, None, {}), 60.0):
+        assert "Expected gradients to be used after their reduction. Received: a.0.weight.grad in " in said
+        assert "Fix:  self.clip_gradients(opt, gradient_clip_val=1.0)" in said
+        assert "opt.finalize(), then: " in said
+        assert alone
+
+
+@pytest.mark.parametrize(
+    ("look", "before", "options"),
+    [
+        (jobs.clip_by_torch, jobs.finalize, {}),
+        (jobs.clip_values_by_torch, jobs.finalize, {}),
+        (jobs.clip_by_torch, None, {"reduce": "backward"}),
+        (jobs.copy_parameters, None, {}),
+    ],
+)
+def test_what_is_right_before_the_step_is_let_pass(pair, look, before, options):
+    for received, alone in pair.run(partial(jobs.look_early, look, before, options), 60.0):
+        close(received, jobs.look_early_by_hand(look))
+        assert alone
