@@ -65,7 +65,9 @@ class Regression(LightningModule):
             return
         backend = self.trainer.backend
         leaves = backend.leaves_of(opt)
-        self.held["gradients after backward"] = _bytes([p.grad for p in (*leaves, *opt.parameters)])
+        # torch's own descriptor, because fsdp refuses to look for gradients that wait for their reduction
+        here: Any = Tensor.grad
+        self.held["gradients after backward"] = _bytes([here.__get__(p) for p in (*leaves, *opt.parameters)])
         self.clip_gradients(opt, gradient_clip_val=CLIP)
         opt.step()
         self.held["parameters"] = _bytes([backend.local_part(p) for p in self.network.parameters()])
