@@ -19,7 +19,8 @@ import torch
 from small import says
 
 from xtrain import CheckpointError
-from xtrain.checkpoint.format import Checkpoint, Draft, checkpoints_in, remove, remove_leftovers
+from xtrain.checkpoint.disk import Disk, remove_leftovers
+from xtrain.checkpoint.format import Checkpoint, Draft, checkpoints_in
 from xtrain.checkpoint.locks import Lock
 
 
@@ -242,12 +243,12 @@ def test_a_save_that_goes_on_elsewhere_is_left_alone(tmp_path):
     draft = Draft(tmp_path / "x.ckpt")
     remove_leftovers(tmp_path)
     draft.write("module.pt", {})
-    code = "import sys; from pathlib import Path; from xtrain.checkpoint.format import remove_leftovers; "
+    code = "import sys; from pathlib import Path; from xtrain.checkpoint.disk import remove_leftovers; "
     code += "remove_leftovers(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     draft.finish({})
     Checkpoint(tmp_path / "x.ckpt").verify()
-    remove(tmp_path / "x.ckpt")
+    Disk().remove(tmp_path / "x.ckpt")
     assert names(tmp_path) == []
 
 

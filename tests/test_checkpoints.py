@@ -21,7 +21,8 @@ from xtrain import (
     ModelCheckpoint,
     ProtocolError,
 )
-from xtrain.checkpoint.format import Checkpoint, checkpoints_in
+from xtrain.checkpoint.digests import sha256_of
+from xtrain.checkpoint.format import Checkpoint, checkpoints_in, digest_of
 from xtrain.cli.command import main
 
 
@@ -268,18 +269,30 @@ def test_groups_that_differ_are_named(tmp_path):
 # -------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("name", ["module.pt", "optimizer-0.pt", "training.pt", "rank-00000.pt"])
+def forge(path, name, content):
+    """Put a file into a checkpoint, with a manifest to which it belongs, as somebody hostile can."""
+    torch.save(content, path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    size = (path / name).stat().st_size
+    manifest["files"][name] = {"bytes": size, "sha256": sha256_of(path, {name: size})[name]}
+    manifest["sha256"] = digest_of({key: value for key, value in manifest.items() if key != "sha256"})
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["module.pt", "optimizer-0.pt", "training.pt", "rank-00000.pt", "shard-00000.pt"])
 def test_hostile_sections_run_nothing(tmp_path, name):
     fit(tmp_path / "c", epochs=1)
     path = checkpoints_in(tmp_path / "c")[0].path
     torch.save({"name": "optimizer0", "x": Payload(tmp_path / "ran")}, path / name)
-    text = json.loads((path / "manifest.json").read_text())
-    opened = Checkpoint.__new__(Checkpoint)
-    opened.path, opened.files = path, text["files"]
-    with pytest.raises(CheckpointError):
-        opened.read(name)
-    with pytest.raises(CheckpointError):  # the sizes and sums do not fit either
-        fit(tmp_path, ckpt_path=path)
+    if name != "shard-00000.pt":
+        with pytest.raises(CheckpointError, match="bytes"):  # its size and its sum do not fit
+            fit(tmp_path, ckpt_path=path)
+    forge(path, name, {"name": "optimizer0", "x": Payload(tmp_path / "ran")})
+    for use in (lambda: fit(tmp_path, ckpt_path=path), lambda: Scored.load_from_checkpoint(path)):
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        says(caught.value, "tensors and plain values", name)
+    assert main(["export", str(path), "--out", str(tmp_path / "m.safetensors")]) == 1
     assert not (tmp_path / "ran").exists()
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import xtrain
-from xtrain.checkpoint.finding import read_checkpoint
+from xtrain.checkpoint.finding import open_checkpoint, read_checkpoint
 
 BUDGETS = {"save": 1.15, "load": 1.1, "step": 1.01, "bytes": 1.5}
 
@@ -74,7 +74,7 @@ def files(layers: int, rounds: int) -> None:
                 "torch.save": torch_save,
                 "save": lambda: trainer.save_checkpoint(ours),  # noqa: B023  # called at once
                 "torch.load": lambda: model.load_state_dict(torch.load(theirs, weights_only=True)),
-                "load": lambda: model.load_state_dict(read_checkpoint(ours).checkpoint["state_dict"]),  # noqa: B023
+                "load": lambda: model.load_state_dict(read_checkpoint(open_checkpoint(ours)).checkpoint["state_dict"]),  # noqa: B023
             }
             for name, task in tasks.items():
                 os.sync()

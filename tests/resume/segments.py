@@ -3,9 +3,9 @@
 import logging
 import os
 import warnings
-from pathlib import Path
 
 import torch
+from shelf import set_up
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -66,17 +66,18 @@ def rows():
     return torch.randn(8 * BATCH, 7, generator=torch.Generator().manual_seed(1))
 
 
-def train(backend, options, precision, folder, stop, world_size, rank):
+def train(backend, options, precision, folder, stop, world_size, rank, saver=()):
     """Train up to step `stop`, from the newest checkpoint of `folder` if there is one; return the module's state."""
     warnings.simplefilter("ignore")
+    set_up()
     seed_everything(6)
     module = Model()
     trainer = Trainer(
         backend=backend, backend_options=options or None, precision=precision, max_steps=stop,
-        callbacks=[ModelCheckpoint(folder)], enable_progress_bar=False,
+        callbacks=[ModelCheckpoint(folder, **dict(saver))], enable_progress_bar=False,
         scaler_kwargs={"init_scale": 16.0, "growth_interval": 6} if precision == "16-mixed" else None,
     )  # fmt: skip
     loader = DataLoader(rows(), batch_size=BATCH // world_size, shuffle=True)
-    trainer.fit(module, loader, ckpt_path="last" if Path(folder).exists() else None)
+    trainer.fit(module, loader, ckpt_path="last")
     counts = [optimizer.step_count for optimizer in trainer.life.optimizers]
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}, counts

@@ -48,9 +48,9 @@ def processes():
         ranks.close()
 
 
-def run(processes, place, precision, folder, stop):
+def run(processes, place, precision, folder, stop, **saver):
     backend, options, _ = PLACES[place]
-    return processes(place).run(partial(segments.train, backend, options, precision, str(folder), stop))[0]
+    return processes(place).run(partial(segments.train, backend, options, precision, str(folder), stop, saver=saver))[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,14 @@ def test_the_same_again_bit_by_bit(processes, never_stopped, tmp_path, place, pr
     for stop in STEPS:
         result = run(processes, place, precision, tmp_path / "c", stop)
     close(result, never_stopped(place, precision), 0.0)
+
+
+@pytest.mark.parametrize("place", [p for p in ("cpu-2p", "zero2-2p", "fsdp-2p") if p in HERE])
+def test_written_in_the_background_to_an_object_store(processes, never_stopped, tmp_path, place):
+    for stop in STEPS:
+        folder = f"shelf://{tmp_path}/c" if stop != STEPS[1] else tmp_path / "c"  # the same one
+        result = run(processes, place, "32-true", folder, stop, background=True, every_n_train_steps=1, save_top_k=-1)
+    close(result, never_stopped(place, "32-true"), 0.0)
 
 
 @pytest.mark.parametrize("place", [p for p in ("cpu", "zero2-2p", "zero3-2p", "tpu") if p in HERE])

@@ -7,11 +7,14 @@ import os
 import re
 import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtrain.callbacks.base import Callback
+from xtrain.checkpoint.format import is_checkpoint
+from xtrain.checkpoint.places import SUFFIX, place
+from xtrain.checkpoint.stores import store_of
 from xtrain.errors import CheckpointError, ConfigurationError, explain
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ class ModelCheckpoint(Callback):
     training goes on. ``last.ckpt`` is a link to the newest one.
 
     Args:
-        dirpath: the folder; default: ``checkpoints`` in the Trainer's ``default_root_dir``.
+        dirpath: the folder, or a URL of fsspec (``"s3://bucket/run"``); default: ``checkpoints`` in the Trainer's
+            ``default_root_dir``.
         filename: a template such as ``"{epoch}-{val_loss:.2f}"``; default: ``"{epoch}-{step}"``. ``step`` is
             ``trainer.global_step``, which counts training steps.
         monitor: the metric in ``trainer.callback_metrics`` that says which are best; None takes the newest.
@@ -121,7 +125,7 @@ class ModelCheckpoint(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the best checkpoints of an earlier run, those that are still there."""
         scores = {path: float(score) for path, score in state.get("best_k_models", {}).items()}
-        self.best_k_models = {path: score for path, score in scores.items() if Path(path).is_dir()}
+        self.best_k_models = {path: score for path, score in scores.items() if is_checkpoint(place(path))}
         self.last_model_path = str(state.get("last_model_path") or "")
         self._find_best()
 
@@ -129,17 +133,18 @@ class ModelCheckpoint(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Find the folder, and make sure that no other run writes to it."""
-        self.dirpath = os.fspath(self.given_dirpath or Path(trainer.default_root_dir) / FOLDER)
+        folder = place(self.given_dirpath or place(trainer.default_root_dir) / FOLDER)
+        self.dirpath = str(folder)
         self._clock = time.monotonic()
         self._saved_step = self._saved_epoch = -1
         self._seen_step, self._coming, self._next_step = None, None, 0.0
         if stage == "fit" and trainer.is_global_zero:
-            from xtrain.checkpoint.locks import hold_folder
-
-            self._lock = hold_folder(Path(self.dirpath), trainer)
+            self._lock = store_of(folder).hold(folder, trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Save a training that fails, if that is asked for and this is its only process."""
+        if self._writing is not None:
+            self._writing.hurry()  # other processes may have ended without their part
         if self.save_on_exception and trainer.training and not isinstance(exception, SystemExit):
             if trainer.world_size > 1:
                 warnings.warn("Nothing is saved on the exception: the other processes do not come here.", stacklevel=2)
@@ -148,13 +153,19 @@ class ModelCheckpoint(Callback):
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Wait for what is still being written, and let go of the folder."""
-        self.wait()
+        self.wait(agree=False)  # after an error the other processes do not come here
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Wait for what is still being written."""
+        self.wait()
+
     def at_safe_point(self, trainer: Trainer, kind: str) -> None:
         """Save if it is time; called by the loop, see `xtrain.checkpoint.preempt.SafePoints.reach`."""
+        if self._writing is not None:
+            self._writing.tell()
         if kind == "batch" and trainer.progress.global_step < self._next_step:
             return  # what a step costs between two saves
         step, epoch = trainer.global_step, trainer.current_epoch
@@ -187,7 +198,7 @@ class ModelCheckpoint(Callback):
         """Save a run that is told to end, whatever the monitor says; returns the path."""
         self.wait()
         name = f"preempted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        path = Path(trainer.broadcast(str(_free(Path(self.dirpath) / name))))
+        path = place(trainer.broadcast(_free(self.dirpath, name) if trainer.is_global_zero else ""))
         self._coming = (str(path), None)
         trainer._write_checkpoint(path, False, False, False)
         return str(path)
@@ -218,13 +229,11 @@ class ModelCheckpoint(Callback):
         return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step}
 
     def _save(self, trainer: Trainer, name: str, exception: bool = False) -> None:
-        from xtrain.checkpoint.format import SUFFIX
-
+        self.wait()
         score = None if exception else self._score(trainer)
         if not exception and not self._is_wanted(score) and not self.save_last:
             return
-        self.wait()
-        path = Path(trainer.broadcast(str(_free(Path(self.dirpath) / f"{name}{SUFFIX}"))))
+        path = place(trainer.broadcast(_free(self.dirpath, f"{name}{SUFFIX}") if trainer.is_global_zero else ""))
         rank = float(trainer.global_step) if score is None else score  # without a monitor the newest is best
         self._coming = (str(path), rank if self.save_top_k else None)
         try:
@@ -236,21 +245,23 @@ class ModelCheckpoint(Callback):
         if self._writing is None:
             self._keep(*self._pending)
 
-    def wait(self) -> None:
-        """Wait for a checkpoint that is being written in the background."""
+    def wait(self, agree: bool = True) -> None:
+        """Wait for a checkpoint that is being written in the background.
+
+        Args:
+            agree: whether all ranks come here, and hear from rank 0 whether it is complete.
+        """
         writing, self._writing = self._writing, None
         if writing is None:
             return
         writing.join()
-        if writing.problem:
-            warnings.warn(f"The training went on without a checkpoint. {writing.problem}", stacklevel=2)
-        else:
+        writing.tell()
+        problem = self._pending[0].broadcast(writing.problem) if agree else writing.problem
+        if not problem:
             self._keep(*self._pending)
 
     def _keep(self, trainer: Trainer, path: str, score: float, exception: bool) -> None:
         """Count a checkpoint that is complete, and remove those that are not wanted any more."""
-        from xtrain.checkpoint.format import remove
-
         self._coming = None
         if exception:
             return
@@ -265,12 +276,21 @@ class ModelCheckpoint(Callback):
         for old in unwanted:
             self.best_k_models.pop(old, None)
         if trainer.is_global_zero:
-            if self.save_last:
-                _link(Path(self.dirpath) / f"{LAST}.ckpt", Path(path))
-            for old in unwanted:
-                remove(Path(old))
+            self._tidy(path, unwanted)
         if self.verbose:
             trainer.print(f"Saved {path}.")
+
+    def _tidy(self, path: str, unwanted: list[str]) -> None:
+        """Let ``last.ckpt`` stand for `path`, and remove what is not wanted any more; what fails is only told."""
+        folder = place(self.dirpath)
+        store = store_of(folder)
+        try:
+            if self.save_last:
+                store.link(folder / f"{LAST}.ckpt", place(path))
+            for old in unwanted:
+                store.remove(place(old))
+        except OSError as error:
+            warnings.warn(f"{folder} was not tidied: {type(error).__name__}: {error}", stacklevel=2)
 
     def _ranked(self) -> list[str]:
         newest_first = self.monitor is None or self.mode == "max"
@@ -311,22 +331,11 @@ def _check(expected: str, holds: bool, received: Any, fix: str) -> None:
         raise ConfigurationError(explain(expected, repr(received), f"ModelCheckpoint({fix})"))
 
 
-def _free(path: Path) -> Path:
-    """Return `path`, or if there is one already the first free name after it."""
-    if not path.exists():
-        return path
-    number = 1
-    while (other := path.with_name(f"{path.stem}-v{number}{path.suffix}")).exists():
-        number += 1
-    return other
-
-
-def _link(link: Path, target: Path) -> None:
-    """Let `link` point to `target`, in one move."""
-    draft = link.with_name(f".{link.name}-{os.getpid()}")
-    try:
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(target.name)
-        draft.replace(link)
-    except OSError as error:
-        warnings.warn(f"{link} was not moved to {target.name}: {error}", stacklevel=2)
+def _free(folder: str, name: str) -> str:
+    """Return the path of `name` in `folder`, or if there is something already the first free name after it."""
+    path = place(folder) / name
+    store, number, stem = store_of(path), 1, path.stem
+    with suppress(OSError):  # it will be told when that is written to
+        while store.taken(path):
+            path, number = path.with_name(f"{stem}-v{number}{path.suffix}"), number + 1
+    return str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -11,24 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtrain.checkpoint.finding import read_checkpoint
-from xtrain.checkpoint.format import Checkpoint, checkpoints_in, is_checkpoint
+from xtrain.checkpoint.finding import open_checkpoint, read_checkpoint
+from xtrain.checkpoint.format import Checkpoint
+from xtrain.checkpoint.places import place
 from xtrain.checkpoint.weights import masters_of
-from xtrain.errors import CheckpointError, MissingDependencyError, explain
+from xtrain.errors import CheckpointError, ConfigurationError, MissingDependencyError, explain
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, str]]:
+def rows_of(path: str) -> Iterator[tuple[str, str]]:
     """Yield facts about a checkpoint, as a person wants to read them.
 
     Args:
-        path: a checkpoint, or a folder with some, of which the newest is taken.
+        path: a checkpoint, or a folder with some, of which the newest is taken; also a URL of fsspec.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
     """
-    inside = [] if is_checkpoint(path) else checkpoints_in(path)
-    opened = inside[0] if inside else Checkpoint(path)
-    opened.verify()
+    opened = open_checkpoint(path)
+    if not isinstance(opened, Checkpoint):
+        opened = Checkpoint(opened)  # which says that a file is none
     summary = dict(opened.summary)
     yield "checkpoint", str(opened.path)
     yield "written", datetime.fromtimestamp(opened.created / 1e9, tz=timezone.utc).isoformat(" ", "seconds")
@@ -43,34 +45,38 @@ def rows_of(path: Path) -> Iterator[tuple[str, str]]:
         yield name, f"{int(facts['bytes']):,} bytes"
 
 
-def export(path: Path, target: Path) -> int:
+def export(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
     """Write the weights of a checkpoint as one file of safetensors; returns the number of tensors.
 
     Tied weights, which that format does not know, are written under each of their names. What was trained in a lower
     precision from fp32 copies is written from these.
 
     Args:
-        path: a checkpoint of xtrain, or a file of Lightning 2.
-        target: the file.
+        path: a checkpoint of xtrain, or a file of Lightning 2; also a URL of fsspec.
+        target: the file, on this machine.
 
     Raises:
         MissingDependencyError: without the safetensors package.
         CheckpointError: for a damaged checkpoint, or one without tensors.
+        ConfigurationError: for a `target` that is a URL.
     """
+    file = place(target)
+    if not isinstance(file, Path):
+        raise ConfigurationError(explain("a file of this machine to export to", f"{file}", "--out model.safetensors"))
     if find_spec("safetensors") is None:
         fix = "pip install 'xtrain-torch[export]'"
         raise MissingDependencyError(explain("the package safetensors, which xtrain export writes with", "none", fix))
     from safetensors.torch import save_file
 
-    checkpoint = read_checkpoint(path).checkpoint
+    checkpoint = read_checkpoint(open_checkpoint(path)).checkpoint
     weights = {**checkpoint["state_dict"], **masters_of(checkpoint)}
     tensors = {name: _plain(value) for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(explain("tensors to export", f"{path} with none", "xtrain inspect to see what it holds"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.new")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.new")
     save_file(tensors, draft, metadata={"format": "pt"})
-    draft.replace(target)
+    draft.replace(file)
     return len(tensors)
 
 

@@ -7,16 +7,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from xtrain.checkpoint.format import Checkpoint, checkpoints_in, is_checkpoint
 from xtrain.checkpoint.lightning import read_lightning
 from xtrain.checkpoint.parts import PREFIX, Assembler
-from xtrain.errors import CheckpointError, explain
+from xtrain.checkpoint.places import Place, place
+from xtrain.errors import CheckpointError, XTrainError, explain
 from xtrain.run.state import Run
 
 logger = logging.getLogger("xtrain")
+Source = Checkpoint | Place
+"""A checkpoint that was opened, or the place of a file of Lightning 2."""
 
 
 @dataclass
@@ -29,39 +31,52 @@ class Loaded:
         ranks: what each rank had of its own; empty if only weights were saved.
     """
 
-    path: Path
+    path: Place
     checkpoint: dict[str, Any]
     ranks: list[dict[str, Any]]
 
 
-def read_checkpoint(path: Path, weights_only: bool | None = None) -> Loaded:
-    """Read a checkpoint of xtrain, or one of Lightning 2.
+def open_checkpoint(path: str | os.PathLike[str] | Place, verify: bool = True) -> Source:
+    """Return a checkpoint of xtrain, opened, or the place of a file that may be one of Lightning 2.
 
     Args:
-        path: a folder, or Lightning's file.
+        path: a checkpoint, a folder with some, of which the newest is taken, or a file.
+        verify: compare it with its checksums.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged.
+    """
+    where = place(path)
+    if where.is_file():
+        return where
+    inside = [] if is_checkpoint(where) else checkpoints_in(where)
+    opened = inside[0] if inside else Checkpoint(where)  # which says what is wrong with it
+    if verify:
+        opened.verify()
+    return opened
+
+
+def read_checkpoint(source: Source, weights_only: bool | None = None) -> Loaded:
+    """Read what `open_checkpoint` returned.
+
+    Args:
+        source: the checkpoint, or Lightning's file.
         weights_only: False lets a Lightning file run code, for one that holds objects. Never for a file of others.
 
     Raises:
         CheckpointError: if it is neither, or damaged.
     """
-    if path.is_file():
-        return Loaded(path, read_lightning(path, weights_only), [])
-    if not is_checkpoint(path):
-        inside = checkpoints_in(path)
-        if not inside:
-            Checkpoint(path)  # says what is wrong with it
-        path = inside[0].path
-    opened = Checkpoint(path)
-    opened.verify()
-    checkpoint = dict(opened.read("training.pt"))
-    assemble = Assembler({name: opened.read(name) for name in sorted(opened.files) if name.startswith(PREFIX)})
-    checkpoint["state_dict"] = assemble.dict(opened.read("module.pt"))
-    sections = [opened.read(name) for name in sorted(opened.files, key=_number) if name.startswith("optimizer-")]
+    if not isinstance(source, Checkpoint):
+        return Loaded(source, read_lightning(source, weights_only), [])
+    checkpoint = dict(source.read("training.pt"))
+    assemble = Assembler({name: source.read(name) for name in sorted(source.files) if name.startswith(PREFIX)})
+    checkpoint["state_dict"] = assemble.dict(source.read("module.pt"))
+    sections = [source.read(name) for name in sorted(source.files, key=_number) if name.startswith("optimizer-")]
     for section in sections:
         section["state"], section["master"] = assemble.dict(section["state"]), assemble.dict(section["master"])
     checkpoint["optimizer_states"] = {section.pop("name"): section for section in sections}
-    ranks = [opened.read(name) for name in sorted(opened.files) if name.startswith("rank-")]
-    return Loaded(path, checkpoint, ranks)
+    ranks = [source.read(name) for name in sorted(source.files) if name.startswith("rank-")]
+    return Loaded(source.path, checkpoint, ranks)
 
 
 def _number(name: str) -> int:
@@ -69,8 +84,8 @@ def _number(name: str) -> int:
     return int(digits or 0)
 
 
-def find(ckpt_path: str | os.PathLike[str], folders: Iterable[Path], best: Iterable[str]) -> Path | None:
-    """Return the checkpoint that ``ckpt_path`` means; None if ``"last"`` finds none, and the run begins afresh.
+def find(ckpt_path: str | os.PathLike[str] | Place, folders: Iterable[Place], best: Iterable[str]) -> Source | None:
+    """Return the checkpoint that ``ckpt_path`` means, verified; None if ``"last"`` finds none.
 
     Args:
         ckpt_path: ``"last"``, ``"best"`` or a path.
@@ -85,9 +100,9 @@ def find(ckpt_path: str | os.PathLike[str], folders: Iterable[Path], best: Itera
         if not known:
             fix = "ModelCheckpoint(monitor='val_loss') among the callbacks, or ckpt_path='last'"
             raise CheckpointError(explain("a ModelCheckpoint that has saved a best checkpoint", "none", fix))
-        return Path(known[0])
+        return open_checkpoint(known[0])
     if ckpt_path != "last":
-        return Path(ckpt_path)
+        return open_checkpoint(ckpt_path)
     looked = list(dict.fromkeys(folders))
     found = sorted((c for folder in looked for c in checkpoints_in(folder)), key=lambda c: c.created, reverse=True)
     for candidate in found:
@@ -98,23 +113,26 @@ def find(ckpt_path: str | os.PathLike[str], folders: Iterable[Path], best: Itera
         except (CheckpointError, OSError) as error:
             warnings.warn(f"{candidate.path} is passed over: {error}", stacklevel=2)
             continue
-        return candidate.path
+        return candidate
     logger.info("ckpt_path='last': no checkpoint in %s; the training begins.", ", ".join(map(str, looked)))
     return None
 
 
-Chooser = Callable[[], Path | None]
+Chooser = Callable[[], Source | None]
 
 
-def agreed_path(choose: Chooser, run: Run) -> Path | None:
-    """Let rank 0 choose a checkpoint for all; an error of its own is raised on all of them."""
-    ranks, problem, chosen = run.backend.collectives, "", ""
+def agreed(choose: Chooser, run: Run) -> Source | None:
+    """Let rank 0 choose a checkpoint for all, and verify it; an error of its own is raised on all of them."""
+    ranks, problem, source = run.backend.collectives, "", None
     if ranks.rank == 0:
         try:
-            chosen = str(choose() or "")
-        except CheckpointError as error:
+            source = choose()
+        except XTrainError as error:
             problem = str(error)
-    problem, chosen = ranks.broadcast((problem, chosen))
+        except OSError as error:
+            problem = explain("to read a checkpoint", f"{type(error).__name__}: {error}")
+    path = str(source.path if isinstance(source, Checkpoint) else source or "")
+    problem, path = ranks.broadcast((problem, path))
     if problem:
         raise CheckpointError(problem)
-    return Path(chosen) if chosen else None
+    return source if source is not None or not path else open_checkpoint(path, verify=False)

@@ -1,62 +1,51 @@
 """The folder that a checkpoint is: a manifest, and sections that `torch.load` reads without running code.
 
-A folder is written under a hidden name, brought to the disk, and renamed in one move, so that whoever finds one
-with a manifest finds a whole one. The manifest is written last and has size and sha256 of every other file.
+The manifest is written last and has size and sha256 of every other file, so that whoever finds one finds a whole
+checkpoint; how that is kept where it lies is the business of `xtrain.checkpoint.stores`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import set_crc32_options
 
-from xtrain.checkpoint.digests import Following, sha256_of
-from xtrain.checkpoint.locks import Lock
+from xtrain.checkpoint.digests import Facts, sha256_of
+from xtrain.checkpoint.places import MANIFEST, SUFFIX, Place, place
 from xtrain.checkpoint.plain import check_readable
+from xtrain.checkpoint.stores import store_of
 from xtrain.errors import CheckpointError, explain
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-SUFFIX = ".ckpt"
-_DRAFT, _OWNER = ".tmp-", "owner"
-_BRIEF = 60.0  # seconds
-Facts = dict[str, Any]  # of one file: "bytes", and "sha256" of its blocks
 
 
 class Draft:
     """A checkpoint that is being written.
 
-    One process makes it, others may `join` it by its folder's name and write files of their own; the first one
-    calls `finish` with what all of them wrote.
+    One process makes it, others write sections of their own to its folder; the first one calls `finish` with what
+    all of them wrote.
 
     Args:
         target: the folder it becomes; the folder above is made if it is missing.
+
+    Attributes:
+        folder: where its sections are written.
+        files: what was written.
+
+    Raises:
+        CheckpointError: if `target` is a folder with other things in it.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent)
-        # The host, because process numbers repeat; the token, because two threads may save at once.
-        name = f"{_DRAFT}{target.name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.folder = target.parent / name
-        self.folder.mkdir()
-        self._owner = Lock(self.folder / _OWNER)
-        self._owner.take()
+    def __init__(self, target: Place) -> None:
+        self.target, self._store = target, store_of(target)
+        self.folder: Place = self._store.begin(target)
         self.files: dict[str, Facts] = {}
 
     def write(self, name: str, content: Any) -> None:
@@ -68,8 +57,8 @@ class Draft:
         """
         self.files[name] = write_section(self.folder, name, content)
 
-    def finish(self, summary: Mapping[str, Any]) -> Path:
-        """Make the checkpoint visible, replacing one of the same name in the same move; returns its folder.
+    def finish(self, summary: Mapping[str, Any]) -> Place:
+        """Make the checkpoint visible, replacing one of the same name; returns its folder.
 
         Args:
             summary: what a person wants to know about it; plain values.
@@ -80,49 +69,19 @@ class Draft:
             "summary": dict(summary),
             "files": {name: self.files[name] for name in sorted(self.files)},
         }
-        text = json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=2) + "\n"
-        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
-        _to_disk(self.folder / MANIFEST)
-        self._owner.release()
-        (self.folder / _OWNER).unlink(missing_ok=True)
-        _to_disk(self.folder)
-        _move(self.folder, self.target)
-        _to_disk(self.target.parent)
+        text = json.dumps(manifest | {"sha256": digest_of(manifest)}, indent=2) + "\n"
+        self._store.publish(self.folder, self.target, text)
         return self.target
 
     def abandon(self) -> None:
         """Remove what was written."""
-        self._owner.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._store.abandon(self.folder)
 
 
-def write_section(folder: Path, name: str, content: Any) -> Facts:
+def write_section(folder: Place, name: str, content: Any) -> Facts:
     """Write one file of a draft and bring it to the disk; returns its size and sha256."""
     check_readable(content, name)
-    path = folder / name
-    path.touch(exist_ok=False)
-    with Following(path) as digests, _without_crc32():
-        torch.save(content, path)
-        _to_disk(path)
-    return {"bytes": path.stat().st_size, "sha256": digests.found}
-
-
-_saves, _counting = 0, threading.Lock()
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    """Let `torch.save` leave out a checksum that nobody looks at when a file is read; that takes half of its time."""
-    global _saves
-    with _counting:
-        _saves += 1
-        set_crc32_options(False)
-    try:
-        yield
-    finally:
-        with _counting:
-            _saves -= 1
-            set_crc32_options(_saves == 0)
+    return store_of(folder).save(folder, name, content)
 
 
 # -------------------------------------------------------------------- reading
@@ -144,28 +103,26 @@ class Checkpoint:
         CheckpointError: if it is no checkpoint, an incomplete one, or of a schema that is not known here.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | Place) -> None:
+        self.path = place(path)
+        store = store_of(self.path)
         manifest = _read_manifest(self.path)
         self.summary: dict[str, Any] = manifest["summary"]
         self.files: dict[str, Facts] = manifest["files"]
         self.created = int(manifest["created"])
+        sizes = store.sizes(self.path, self.files)
         for name, facts in self.files.items():
-            _check_size(self.path, name, int(facts["bytes"]))
+            _check_size(self.path, name, int(facts["bytes"]), sizes.get(name))
+        self._copies = store.copies(self.path)
 
-    def verify(self, share: int = 0, shares: int = 1) -> None:
-        """Compare files with their checksums.
-
-        Args:
-            share: which of `shares` equal parts of the files this process reads.
-            shares: 1 reads all of them.
+    def verify(self) -> None:
+        """Compare all files with their checksums.
 
         Raises:
             CheckpointError: naming the first file that is not what was written.
         """
-        largest_first = sorted(self.files, key=lambda name: (-int(self.files[name]["bytes"]), name))
-        names = largest_first[share::shares]
-        for name, found in sha256_of(self.path, {name: int(self.files[name]["bytes"]) for name in names}).items():
+        sizes = {name: int(facts["bytes"]) for name, facts in self.files.items()}
+        for name, found in sha256_of(self._copies(self.files), sizes).items():
             stated = self.files[name]["sha256"]
             if found != stated:
                 block = next((i for i, (a, b) in enumerate(zip(found, stated, strict=False)) if a != b), 0)
@@ -181,7 +138,7 @@ class Checkpoint:
         """
         if name not in self.files:
             raise CheckpointError(explain(f"a section {name}", f"{self.path} with {sorted(self.files)}", _ANOTHER))
-        return load_file(self.path / name, mmap=True)
+        return load_file(self._copies([name]) / name, mmap=True)
 
 
 def load_file(path: Path, mmap: bool = False) -> Any:
@@ -202,123 +159,66 @@ def load_file(path: Path, mmap: bool = False) -> Any:
 _ANOTHER = "another checkpoint: trainer.fit(model, ckpt_path='...')"
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Place) -> bool:
     """Return whether `path` looks like a finished checkpoint."""
-    return path.is_dir() and not path.name.startswith(".") and (path / MANIFEST).is_file()
+    return not path.name.startswith(".") and (path / MANIFEST).is_file()
 
 
-def checkpoints_in(folder: Path) -> list[Checkpoint]:
+def checkpoints_in(folder: str | os.PathLike[str] | Place) -> list[Checkpoint]:
     """Return the complete checkpoints of `folder`, the newest first; damaged ones are left out."""
     found: list[Checkpoint] = []
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.suffix == SUFFIX and not path.is_symlink() and is_checkpoint(path):
-                with suppress(CheckpointError, OSError):
-                    found.append(Checkpoint(path))
+    where = place(folder)
+    for name in sorted(store_of(where).sizes(where)):
+        if name.endswith(SUFFIX) and is_checkpoint(where / name):
+            with suppress(CheckpointError, OSError):
+                found.append(Checkpoint(where / name))
     return sorted(found, key=lambda c: c.created, reverse=True)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        what = "a file" if path.exists() else "nothing there"
-        raise CheckpointError(explain("a checkpoint, which is a folder", f"{path}: {what}", _ANOTHER))
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(explain(f"a checkpoint with {MANIFEST}", f"{path} without one", _ANOTHER))
+def _read_manifest(path: Place) -> dict[str, Any]:
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         schema = manifest["schema"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _no_checkpoint(path) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            explain(f"{MANIFEST} of a checkpoint", f"{path / MANIFEST}: {error}", _ANOTHER)
-        ) from error
+        raise CheckpointError(explain(f"{MANIFEST} of a checkpoint", f"{file}: {error}", _ANOTHER)) from error
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         fix = "pip install -U xtrain-torch" if newer else _ANOTHER
         raise CheckpointError(explain(f"schema {SCHEMA}, which this xtrain reads", f"{path} of schema {schema!r}", fix))
     stated = manifest.pop("sha256", None)
-    names = manifest.get("files")
-    foreign = not isinstance(names, dict) or any(os.path.basename(n) != n for n in names)  # noqa: PTH119
-    if foreign or stated != _digest_of(manifest):
-        raise CheckpointError(
-            explain(f"{MANIFEST} as it was written", f"{path / MANIFEST}, which was changed since", _ANOTHER)
-        )
+    if stated != digest_of(manifest) or not _well_formed(manifest):
+        raise CheckpointError(explain(f"{MANIFEST} as it was written", f"{file}, which was changed since", _ANOTHER))
     return dict(manifest)
 
 
-def _check_size(path: Path, name: str, size: int) -> None:
-    file = path / name
-    if not file.is_file():
-        raise CheckpointError(explain(f"the file {name} in {path}", "a checkpoint without it", _ANOTHER))
-    if file.stat().st_size != size:
-        raise CheckpointError(explain(f"{file} of {size} bytes", f"{file.stat().st_size} bytes", _ANOTHER))
+def _no_checkpoint(path: Place) -> CheckpointError:
+    if path.is_dir():
+        return CheckpointError(explain(f"a checkpoint with {MANIFEST}", f"{path} without one", _ANOTHER))
+    what = "a file" if path.exists() else "nothing there"
+    return CheckpointError(explain("a checkpoint, which is a folder", f"{path}: {what}", _ANOTHER))
 
 
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-# -------------------------------------------------------------------- moves that leave no gap
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint: it loses its name first, so that a crash leaves no torn one."""
-    hidden = path.parent / f"{_DRAFT}dead-{path.name}-{secrets.token_hex(4)}"
-    with suppress(FileNotFoundError):
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what saves of processes that died have left in `folder`."""
-    for path in folder.glob(f"{_DRAFT}*"):
-        with suppress(OSError):
-            owner = path / _OWNER
-            if owner.exists():
-                dead = not Lock(owner).held_elsewhere()
-            else:  # a save that is about to begin or to end, or one that was cut off there
-                dead = path.name.startswith(f"{_DRAFT}dead-") or path.stat().st_mtime < time.time() - _BRIEF
-            if dead:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename the folder `source` to `target`; what was there before is deleted after it."""
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        if not _exchange(source, target):  # without that call there is a moment without any
-            aside = source.parent / f"{_DRAFT}dead-{target.name}-{secrets.token_hex(4)}"
-            target.rename(aside)
-            source.rename(target)
-            source = aside
-        if source.is_dir():
-            shutil.rmtree(source, ignore_errors=True)
-        else:
-            source.unlink(missing_ok=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two names of a folder change places in one move; False where the system cannot do that."""
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a manifest has what is read from it, and names no file outside of its folder."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("summary"), dict):
         return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
+    inside = all(os.path.basename(name) == name not in ("", ".", "..") for name in files)  # noqa: PTH119
+    facts = [each if isinstance(each, dict) else {} for each in files.values()]
+    numbers = [manifest.get("created"), *(each.get("bytes") for each in facts)]
+    return inside and all(type(n) is int for n in numbers) and all(type(f.get("sha256")) is list for f in facts)
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until the file or folder `path` is on the disk."""
-    with _descriptor(path) as number:
-        os.fsync(number)
+def _check_size(path: Place, name: str, size: int, found: int | None) -> None:
+    if found is None:
+        raise CheckpointError(explain(f"the file {name} in {path}", "a checkpoint without it", _ANOTHER))
+    if found != size:
+        raise CheckpointError(explain(f"{path / name} of {size} bytes", f"{found} bytes", _ANOTHER))
 
 
-@contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        yield number
-    finally:
-        os.close(number)
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest, which is its last entry: not a signature, but against accidents."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

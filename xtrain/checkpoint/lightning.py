@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from xtrain.checkpoint.places import Place
 from xtrain.errors import CheckpointError, explain
 
 
-def read_lightning(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+def read_lightning(path: Place, weights_only: bool | None = None) -> dict[str, Any]:
     """Return the checkpoint in a file of Lightning 2 as xtrain's own are read.
 
     Lightning counts a step per optimizer; the counters here are of its batches, which is what xtrain counts.
@@ -23,7 +23,8 @@ def read_lightning(path: Path, weights_only: bool | None = None) -> dict[str, An
         CheckpointError: if it is no such file, or holds more than tensors and plain values.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
+        with path.open("rb") as file:
+            saved = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
     except Exception as error:  # pickle's, zipfile's, torch's: whatever the file is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = "ckpt_path=... of your own file with weights_only=False, which runs what is in it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from pathlib import Path
 from typing import Any, TypeVar
 
 from xtrain.errors import ConfigurationError, explain
@@ -27,7 +26,7 @@ class LoadsFromCheckpoint:
         """Return a module with the saved weights, made with the saved hyperparameters.
 
         Args:
-            checkpoint_path: a checkpoint of xtrain, or a file of Lightning 2.
+            checkpoint_path: a checkpoint of xtrain, or a file of Lightning 2; also a URL of fsspec.
             map_location: the device to move the module to; default: the CPU.
             strict: whether all weights must be there, and no others.
             weights_only: False lets a file of Lightning run code; never for a file of others.
@@ -43,10 +42,10 @@ class LoadsFromCheckpoint:
             >>> torch.equal(type(module).load_from_checkpoint("model.ckpt").net.weight, module.net.weight)
             True
         """
-        from xtrain.checkpoint.finding import read_checkpoint
+        from xtrain.checkpoint.finding import open_checkpoint, read_checkpoint
         from xtrain.checkpoint.weights import load_weights, with_masters
 
-        checkpoint = read_checkpoint(Path(checkpoint_path), weights_only).checkpoint
+        checkpoint = read_checkpoint(open_checkpoint(checkpoint_path), weights_only).checkpoint
         saved = dict(checkpoint.get("hyper_parameters", {}))
         parameters = inspect.signature(cls.__init__).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from xtrain.checkpoint.places import Place, place
+from xtrain.checkpoint.stores import store_of
 from xtrain.collectives import Collectives
 from xtrain.data.position import is_used_up
-from xtrain.errors import explain
+from xtrain.errors import CheckpointError, explain
 from xtrain.run.state import Run, TrainerState
 
 logger = logging.getLogger("xtrain")
@@ -110,19 +110,26 @@ class SafePoints:
         trainer, step = self._run.trainer, self._run.trainer.global_step
         for saver in self._savers[1:]:
             saver.wait()
-        path = Path(self._savers[0].save_preempted(trainer))
+        first = self._savers[0]
+        try:
+            name = place(first.save_preempted(trainer)).name
+        except CheckpointError as error:
+            name = place(first.last_model_path).name
+            warnings.warn(f"Preempted, and {name or 'nothing'} is what there is to go on from. {error}", stacklevel=2)
         if trainer.global_rank == 0:
             told = signal.Signals(self._preemption.received or signal.SIGTERM).name
-            write_note(path.parent, {"checkpoint": path.name, "signal": told, "global_step": step})
-            logger.warning("Preempted after step %d: %s is saved, to go on with ckpt_path='last'.", step, path)
+            folder = place(first.dirpath)
+            try:
+                write_note(folder, {"checkpoint": name or None, "signal": told, "global_step": step})
+            except OSError as error:
+                warnings.warn(f"{NOTE} was not written: {type(error).__name__}: {error}", stacklevel=2)
+            logger.warning("Preempted after step %d: to go on from %s with ckpt_path='last'.", step, folder / name)
         raise SystemExit(EXIT_STATUS)
 
 
-def write_note(folder: Path, facts: dict[str, Any]) -> None:
+def write_note(folder: Place, facts: dict[str, Any]) -> None:
     """Say in `folder` that a run was preempted, for whoever starts it again."""
-    draft = folder / f".{NOTE}-{os.getpid()}"
-    draft.write_text(json.dumps(facts | {"time": time.time()}, indent=2) + "\n", encoding="utf-8")
-    draft.replace(folder / NOTE)
+    store_of(folder).write_text(folder / NOTE, json.dumps(facts | {"time": time.time()}, indent=2) + "\n")
 
 
 @contextmanager
@@ -146,7 +153,7 @@ def safe_points(run: Run, preemption: Preemption) -> Iterator[None]:
         yield
         return
     if run.trainer.global_rank == 0:
-        (Path(savers[0].dirpath) / NOTE).unlink(missing_ok=True)
+        (place(savers[0].dirpath) / NOTE).unlink(missing_ok=True)
     if is_used_up(run.plan.loader):
         received = "an iterator: a run that goes on reads whatever it gives then"
         fix = "trainer.fit(model, DataLoader(dataset, batch_size=64)), or a list"

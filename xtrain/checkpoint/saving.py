@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
-from pathlib import Path
+import warnings
 from typing import Any
 
-from xtrain.checkpoint.format import Draft, Facts, write_section
+from xtrain.checkpoint.digests import Facts
+from xtrain.checkpoint.format import Draft, write_section
 from xtrain.checkpoint.parts import PREFIX, Splitter
+from xtrain.checkpoint.places import Place, place
 from xtrain.checkpoint.plain import check_readable
 from xtrain.checkpoint.state import collect, summary_of
+from xtrain.checkpoint.stores import store_of
 from xtrain.collectives import Collectives
 from xtrain.errors import CheckpointError, explain
 from xtrain.run.state import Run
 
-_PATIENCE = 1800.0  # seconds that rank 0 waits for the others' files in the background
+_PATIENCE, _HURRY = 1800.0, 10.0  # seconds that rank 0 waits for the others' files in the background
 Sections = dict[str, Any]
 
 
-def save(run: Run, path: str | os.PathLike[str], weights_only: bool = False) -> Path:
+def save(run: Run, path: Place, weights_only: bool = False) -> Place:
     """Write a checkpoint; all ranks call it, and it is complete when it returns.
 
     Args:
@@ -32,7 +34,7 @@ def save(run: Run, path: str | os.PathLike[str], weights_only: bool = False) -> 
     Raises:
         CheckpointError: on every rank, if one cannot write its part; nothing is left of it then.
     """
-    writing = Writing(run, Path(path), weights_only)
+    writing = Writing(run, path, weights_only)
     writing.write()
     return writing.finish()
 
@@ -46,6 +48,10 @@ class Writing:
         weights_only: leave out what only a training needs.
         facts: more to say in the summary.
         background: it will be written while the training goes on.
+
+    Attributes:
+        path: the folder.
+        limit: until when rank 0 waits for the other ranks in the background, by the monotonic clock.
     """
 
     _draft: Draft | None = None
@@ -53,7 +59,7 @@ class Writing:
     def __init__(
         self,
         run: Run,
-        path: Path,
+        path: Place,
         weights_only: bool = False,
         facts: dict[str, Any] | None = None,
         background: bool = False,
@@ -72,9 +78,10 @@ class Writing:
         except CheckpointError as error:
             problem = str(error)
         self._agree(problem)
-        self._folder = Path(self._begin())
+        self._folder = place(self._begin())
         self._facts: dict[str, Facts] = {}
         self._problem = ""
+        self.limit = time.monotonic() + _PATIENCE
 
     def _agree(self, problem: str) -> None:
         """Raise on every rank what one of them found."""
@@ -89,8 +96,8 @@ class Writing:
             try:
                 self._draft = Draft(self.path)
                 folder = str(self._draft.folder)
-            except OSError as error:
-                problem = cannot_write(self.path, error)
+            except (OSError, CheckpointError) as error:
+                problem = told(self.path, error)
         problem, folder = self._ranks.broadcast((problem, folder))
         if problem:
             raise CheckpointError(problem)
@@ -102,9 +109,9 @@ class Writing:
             for name in list(self._sections):
                 self._facts[name] = write_section(self._folder, name, self._sections.pop(name))
         except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
-            self._problem = str(error) if isinstance(error, CheckpointError) else cannot_write(self.path, error)
+            self._problem = told(self.path, error)
 
-    def finish(self) -> Path:
+    def finish(self) -> Place:
         """Wait for the other ranks, and make the checkpoint visible."""
         parts = gathered((self._problem, self._facts), self._ranks)
         problem = next((text for text, _ in parts if text), "")
@@ -120,14 +127,15 @@ class Writing:
     def _complete(self, draft: Draft, parts: list[dict[str, Facts]]) -> str:
         """Write the manifest, and return what goes wrong."""
         draft.files = {name: facts for part in parts for name, facts in part.items()}
-        missing = [name for name in draft.files if not (draft.folder / name).is_file()]
+        there = store_of(draft.folder).sizes(draft.folder, draft.files)
+        missing = [name for name in draft.files if name not in there]
         if missing:
             fix = "a folder that every process writes to: ModelCheckpoint(dirpath='/shared/run')"
             return explain("the files of all ranks in one folder", f"{draft.folder} without {missing[0]}", fix)
         try:
             draft.finish(self._summary)
-        except OSError as error:
-            return cannot_write(self.path, error)
+        except (OSError, CheckpointError) as error:
+            return told(self.path, error)
         return ""
 
     def write_alone(self) -> str:
@@ -135,9 +143,8 @@ class Writing:
         self.write()
         rank, count = self._ranks.rank, self._ranks.world_size
         if count > 1:
-            note = self._folder / f"part-{rank:05d}.json"
-            note.with_suffix(".new").write_text(json.dumps([self._problem, self._facts]), encoding="utf-8")
-            note.with_suffix(".new").rename(note)
+            note = json.dumps([self._problem, self._facts])
+            store_of(self._folder).write_text(self._folder / f"part-{rank:05d}.json", note)
         if self._draft is None:
             return self._problem
         parts = [(self._problem, self._facts)] if count == 1 else self._await_notes(count)
@@ -148,11 +155,10 @@ class Writing:
 
     def _await_notes(self, count: int) -> list[tuple[str, dict[str, Facts]]]:
         notes = [self._folder / f"part-{rank:05d}.json" for rank in range(count)]
-        limit = time.monotonic() + _PATIENCE
         while missing := [note for note in notes if not note.exists()]:
-            if time.monotonic() > limit:
-                return [(explain("the files of all ranks", f"none of {missing[0].stem} in {_PATIENCE:g} s"), {})]
-            time.sleep(0.02)
+            if time.monotonic() > self.limit:
+                return [(explain("the files of all ranks", f"none of {missing[0].stem}, which may have ended"), {})]
+            time.sleep(store_of(self._folder).pause)
         parts = [tuple(json.loads(note.read_text(encoding="utf-8"))) for note in notes]
         for note in notes:
             note.unlink()
@@ -169,7 +175,7 @@ class Background(threading.Thread):
     def __init__(self, writing: Writing) -> None:
         super().__init__(name="xtrain-checkpoint")
         self._writing = writing
-        self.problem = ""
+        self.problem, self._told = "", False
         self.start()
 
     def run(self) -> None:
@@ -177,7 +183,17 @@ class Background(threading.Thread):
         try:
             self.problem = self._writing.write_alone()
         except Exception as error:  # whatever it is, it must not get lost with the thread
-            self.problem = cannot_write(self._writing.path, error)
+            self.problem = told(self._writing.path, error)
+
+    def tell(self) -> None:
+        """Warn of what went wrong, once."""
+        if self.problem and not self._told:
+            self._told = True
+            warnings.warn(f"The training goes on without this checkpoint. {self.problem}", stacklevel=3)
+
+    def hurry(self) -> None:
+        """Wait no longer than a moment for the files of other ranks."""
+        self._writing.limit = min(self._writing.limit, time.monotonic() + _HURRY)
 
 
 def _sections(run: Run, checkpoint: dict[str, Any], own: dict[str, Any]) -> tuple[Sections, dict[str, Any]]:
@@ -203,8 +219,10 @@ def gathered(value: Any, ranks: Collectives) -> list[Any]:
     return [ranks.broadcast(value, rank) for rank in range(ranks.world_size)]
 
 
-def cannot_write(path: Path, error: Exception) -> str:
+def told(path: Place, error: Exception) -> str:
     """Return the message for a disk that is full, a folder that is read-only, and the like."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     received = f"{type(error).__name__}: {error}"
     return explain(
         f"to write {path}", received, "free space on that disk, or another dirpath; the last checkpoint is whole"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from xtrain.callbacks.checkpoint import FOLDER, ModelCheckpoint
-from xtrain.checkpoint.finding import agreed_path, find, read_checkpoint
+from xtrain.checkpoint.finding import agreed, find, read_checkpoint
+from xtrain.checkpoint.places import Place, place
 from xtrain.checkpoint.resume import Resumption, check_parts
 from xtrain.checkpoint.saving import Background, Writing, save
 from xtrain.checkpoint.state import run_of
@@ -25,7 +25,7 @@ class CheckpointVerbs(TrainerState):
         """Write a checkpoint, a folder; all ranks must call it. It is complete when this returns.
 
         Args:
-            filepath: the folder to make. One of the same name is replaced in one move.
+            filepath: the folder to make, also a URL of fsspec. One of the same name is replaced, on a disk in one move.
             weights_only: leave out what only a training needs.
 
         Raises:
@@ -36,7 +36,7 @@ class CheckpointVerbs(TrainerState):
             >>> trainer.save_checkpoint("model.ckpt")
             >>> Trainer(max_epochs=3, enable_progress_bar=False).fit(module, data, ckpt_path="model.ckpt")
         """
-        save(run_of(self.run), Path(filepath), weights_only)
+        save(run_of(self.run), place(filepath), weights_only)
 
     @property
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
@@ -48,7 +48,9 @@ class CheckpointVerbs(TrainerState):
         """The first callback that saves."""
         return next(iter(self.checkpoint_callbacks), None)
 
-    def _write_checkpoint(self, path: Path, weights_only: bool, background: bool, exception: bool) -> Background | None:
+    def _write_checkpoint(
+        self, path: Place, weights_only: bool, background: bool, exception: bool
+    ) -> Background | None:
         """Write for a callback; returns the thread if it goes on in the background."""
         background = background and not exception
         writing = Writing(run_of(self.run), path, weights_only, {"exception": True} if exception else None, background)
@@ -69,13 +71,13 @@ class CheckpointVerbs(TrainerState):
             if ckpt_path is None:
                 return None
             savers = self.checkpoint_callbacks
-            folders = [Path(c.given_dirpath or Path(self.default_root_dir) / FOLDER) for c in savers]
-            folders = folders or [Path(self.default_root_dir) / FOLDER]
+            usual = place(self.default_root_dir) / FOLDER
+            folders = [place(c.given_dirpath or usual) for c in savers] or [usual]
             best = [c.best_model_path for c in savers]
-            path = agreed_path(lambda: find(ckpt_path, folders, best), run)
-            if path is None:
+            source = agreed(lambda: find(ckpt_path, folders, best), run)
+            if source is None:
                 return None
-            resumption = Resumption(run, read_checkpoint(path, weights_only), parts)
+            resumption = Resumption(run, read_checkpoint(source, weights_only), parts)
             resumption.load_loggers()
             return resumption
 

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import xtrain
 from xtrain.cli.rehearsal import add_check, without_script_arguments
@@ -139,11 +138,11 @@ def _doctor(options: argparse.Namespace) -> Iterator[str]:
 def _inspect(options: argparse.Namespace) -> Iterator[str]:
     from xtrain.checkpoint.exporting import rows_of
 
-    yield columns(["fact", "value"], list(rows_of(Path(options.checkpoint))))
+    yield columns(["fact", "value"], list(rows_of(options.checkpoint)))
 
 
 def _export(options: argparse.Namespace) -> Iterator[str]:
     from xtrain.checkpoint.exporting import export
 
-    count = export(Path(options.checkpoint), Path(options.out))
+    count = export(options.checkpoint, options.out)
     yield f"{options.out}: {count} tensors"

@@ -132,6 +132,8 @@ class FileLogger(Logger):
     ) -> None:
         if not isinstance(save_dir, str | os.PathLike) or not os.fspath(save_dir):
             raise self._wrong("a folder as save_dir", f"{save_dir!r} ({type(save_dir).__name__})")
+        if "://" in os.fspath(save_dir):
+            raise self._wrong("a folder of this machine as save_dir", repr(save_dir))
         if not (name is None or _inside(name)):
             raise self._wrong("the name of an experiment, a folder in save_dir", f"name={name!r}")
         if not (version is None or _is_number(version) or (version and _inside(version))):
