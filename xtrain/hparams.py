@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
 from types import FrameType
 from typing import Any
+
+from torch import nn
 
 from xtrain.errors import ConfigurationError, explain
 
@@ -35,21 +39,21 @@ class KeepsHyperParameters:
     _log_hparams = True
 
     @property
-    def hparams(self) -> HyperParameters:
-        """What `save_hyperparameters` kept."""
-        kept: HyperParameters = vars(self).setdefault("_hparams", HyperParameters())
-        return kept
+    def hparams(self) -> Any:
+        """What `save_hyperparameters` kept: `HyperParameters`, or the configuration object that was given alone."""
+        return vars(self).setdefault("_hparams", HyperParameters())
 
     @property
-    def hparams_initial(self) -> HyperParameters:
+    def hparams_initial(self) -> Any:
         """What `save_hyperparameters` kept, without what was set in `hparams` since."""
-        return HyperParameters(vars(self).get("_hparams_initial", {}))
+        return copy.copy(vars(self).get("_hparams_initial", HyperParameters()))
 
     def save_hyperparameters(self, *names: Any, ignore: Iterable[str] | str | None = None, logger: bool = True) -> None:
         """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
 
         Args:
-            *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead.
+            *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead. A configuration
+                object, such as OmegaConf's, is kept as it is.
             ignore: names to leave out, and to drop where a base class has kept them.
             logger: also send them to the loggers when a run starts.
 
@@ -68,10 +72,41 @@ class KeepsHyperParameters:
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         values = read_hyperparameters(names, ignored, self, None if frame is None else frame.f_back)
         self._log_hparams = logger
-        for kept in (vars(self).setdefault("_hparams_initial", HyperParameters()), self.hparams):
-            kept.update(values)
+        if len(names) == 1 and _is_config(names[0]) and not ignored & names[0].keys():
+            vars(self).update(_hparams=names[0], _hparams_initial=copy.deepcopy(names[0]))
+            return
+        _warn_of_modules(values)
+        for place in ("_hparams_initial", "_hparams"):
+            kept = vars(self)[place] = HyperParameters({**vars(self).get(place, {}), **values})
             for name in ignored & kept.keys():
                 del kept[name]
+
+
+def plain_containers(value: Any) -> Any:
+    """Return `value` with the mappings and sequences of configuration objects as dicts and lists."""
+    if type(value) in (dict, HyperParameters) or (isinstance(value, Mapping) and not isinstance(value, dict)):
+        return {name: plain_containers(item) for name, item in value.items()}
+    if isinstance(value, MutableSequence) and not isinstance(value, list | bytearray):
+        return [plain_containers(item) for item in value]
+    return value
+
+
+def with_attributes(values: Mapping[str, Any]) -> HyperParameters:
+    """Return `values`, whose items are also attributes, as are those of the dicts in it."""
+    nested = {name: with_attributes(item) if type(item) is dict else item for name, item in values.items()}
+    return HyperParameters(nested)
+
+
+def _is_config(value: Any) -> bool:
+    """Tell a configuration object, whose items are attributes, from a dict."""
+    return isinstance(value, MutableMapping) and not isinstance(value, dict) and hasattr(type(value), "__getattr__")
+
+
+def _warn_of_modules(values: Mapping[str, Any]) -> None:
+    for name in [name for name, value in values.items() if isinstance(value, nn.Module)]:
+        received = f"{name}, a module, whose parameters the checkpoint has anyway"
+        fix = f"self.save_hyperparameters(ignore={name!r})"
+        warnings.warn(explain("plain values as hyperparameters", received, fix), stacklevel=3)
 
 
 def merged(owners: Iterable[KeepsHyperParameters]) -> dict[str, Any]:

@@ -262,33 +262,43 @@ class Trainer(CheckpointVerbs, Rehearsed):
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        datamodule: Any = None,
         ckpt_path: Any = None,
-        verbose: bool = False,
+        verbose: bool | None = None,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
-        """Run ``validation_step`` over the loaders; returns, and prints if `verbose`, a dict of metrics per loader.
+        """Run ``validation_step`` over the loaders; returns a dict of metrics per loader.
+
+        Args:
+            model: the module; default: that of the last run.
+            dataloaders: one iterable of batches or several.
+            ckpt_path: a checkpoint to take the weights from: a path, ``"last"`` or ``"best"``.
+            verbose: print the metrics, too; None does where a progress bar is shown.
+            datamodule: gives the loaders instead.
+            weights_only: as in `fit`.
 
         Example:
             >>> trainer.validate(module, data)[0].keys()
             dict_keys(['val_loss'])
         """
-        return self._told(verbose, self._evaluate("validate", model, dataloaders, datamodule, ckpt_path))
+        return self._told(verbose, self._evaluate("validate", model, dataloaders, datamodule, ckpt_path, weights_only))
 
     def test(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        datamodule: Any = None,
         ckpt_path: Any = None,
-        verbose: bool = False,
+        verbose: bool | None = None,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
-        """Run ``test_step`` over the loaders; returns, and prints if `verbose`, a dict of metrics per loader.
+        """Run ``test_step`` over the loaders; arguments and what is returned are those of `validate`.
 
         Example:
             >>> trainer.test(module, data)[0].keys()
             dict_keys(['val_loss'])
         """
-        return self._told(verbose, self._evaluate("test", model, dataloaders, datamodule, ckpt_path))
+        return self._told(verbose, self._evaluate("test", model, dataloaders, datamodule, ckpt_path, weights_only))
 
     def predict(
         self,
@@ -297,6 +307,7 @@ class Trainer(CheckpointVerbs, Rehearsed):
         datamodule: Any = None,
         return_predictions: bool | None = None,
         ckpt_path: Any = None,
+        weights_only: bool | None = None,
     ) -> Any:
         """Return what ``predict_step`` returned per batch (a list of lists for several loaders).
 
@@ -306,16 +317,19 @@ class Trainer(CheckpointVerbs, Rehearsed):
             datamodule: gives the loaders instead.
             return_predictions: False keeps none and returns None, for a callback that writes them.
             ckpt_path: a checkpoint to take the weights from: a path, ``"last"`` or ``"best"``.
+            weights_only: as in `fit`.
 
         Example:
             >>> [prediction.shape for prediction in trainer.predict(module, data[:2])]
             [torch.Size([2, 1]), torch.Size([2, 1])]
         """
         kept = return_predictions is not False
-        found = self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, kept)
+        found = self._evaluate("predict", model, dataloaders, datamodule, ckpt_path, weights_only, kept)
         return found if kept else None
 
-    def _told(self, verbose: bool, results: list[dict[str, float]]) -> list[dict[str, float]]:
+    def _told(self, verbose: bool | None, results: list[dict[str, float]]) -> list[dict[str, float]]:
+        if verbose is None:
+            verbose = self.progress_bar_callback is not None
         for index, result in enumerate(results if verbose else ()):
             values = ", ".join(f"{name}={value:.6g}" for name, value in result.items())
             self.print(f"loader {index}: {values}" if len(results) > 1 else values)
@@ -328,12 +342,14 @@ class Trainer(CheckpointVerbs, Rehearsed):
         loaders: Any,
         datamodule: Any,
         ckpt_path: Any,
+        weights_only: bool | None,
         kept: bool = True,
     ) -> list[Any]:
         if isinstance(loaders, LightningDataModule):
             loaders, datamodule = None, loaders
         check_datamodule({f"{'val' if stage == 'validate' else stage}_dataloader": loaders}, datamodule)
-        module, resume = self.lightning_module if model is None else model, self._resumption(ckpt_path, None, None)
+        module = self.lightning_module if model is None else model
+        resume = self._resumption(ckpt_path, None, weights_only)
         with started_run(self, stage, module, datamodule, resume=resume) as run:
             found = run.read_loaders(stage, loaders)
             if not found:

@@ -48,6 +48,8 @@ class ModelCheckpoint(Callback):
         every_n_train_steps: save every so many training steps.
         train_time_interval: save after so much time.
         every_n_epochs: save every so many epochs; the default is every one, if neither steps nor time are given.
+        save_on_train_epoch_end: save at the end of those epochs (True), or after each validation in them (False). None
+            takes validations where they and epochs do not come one to one.
         save_on_exception: save when the training ends by an exception, for looking at it.
         background: copy the state, and write it while the training goes on.
 
@@ -72,6 +74,7 @@ class ModelCheckpoint(Callback):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
         save_on_exception: bool = False,
         background: bool = False,
     ) -> None:
@@ -95,7 +98,7 @@ class ModelCheckpoint(Callback):
         self.every_n_train_steps, self.train_time_interval = every_n_train_steps or 0, train_time_interval
         self.every_n_epochs = every_n_epochs if every_n_epochs is not None else int(not timed)
         self.save_on_exception, self.background = save_on_exception, background
-        self._insert = auto_insert_metric_name
+        self._insert, self._at_epoch_end, self._validated = auto_insert_metric_name, save_on_train_epoch_end, False
         self.dirpath = "" if dirpath is None else os.fspath(dirpath)
         self.best_model_path = self.last_model_path = ""
         self.best_model_score: float | None = None
@@ -137,7 +140,7 @@ class ModelCheckpoint(Callback):
         self.dirpath = str(folder)
         self._clock = time.monotonic()
         self._saved_step = self._saved_epoch = -1
-        self._seen_step, self._coming, self._next_step = None, None, 0.0
+        self._seen_step, self._coming, self._next_step, self._validated = None, None, 0.0, False
         if stage == "fit" and trainer.is_global_zero:
             self._lock = store_of(folder).hold(folder, trainer)
 
@@ -162,6 +165,11 @@ class ModelCheckpoint(Callback):
         """Wait for what is still being written."""
         self.wait()
 
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Remember that there is something to save, if validations are counted."""
+        self._validated = not trainer.sanity_checking
+        self._next_step = 0.0
+
     def at_safe_point(self, trainer: Trainer, kind: str) -> None:
         """Save if it is time; called by the loop, see `xtrain.checkpoint.preempt.SafePoints.reach`."""
         if self._writing is not None:
@@ -169,8 +177,8 @@ class ModelCheckpoint(Callback):
         if kind == "batch" and trainer.progress.global_step < self._next_step:
             return  # what a step costs between two saves
         step, epoch = trainer.global_step, trainer.current_epoch
-        due = self._steps_passed(step) or self._epochs_passed(epoch, kind) or self._time_passed(trainer)
-        if due and (step, epoch) != (self._saved_step, self._saved_epoch):
+        due = [self._steps_passed(step), self._epochs_passed(trainer, kind), self._time_passed(trainer)]
+        if any(due) and (step, epoch) != (self._saved_step, self._saved_epoch):
             self._saved_step, self._saved_epoch = step, epoch
             self._clock = time.monotonic()
             self._save(trainer, self.format_checkpoint_name(self._named(trainer)))
@@ -183,10 +191,17 @@ class ModelCheckpoint(Callback):
         before, self._seen_step = step - 1 if self._seen_step is None else self._seen_step, step
         return bool(self.every_n_train_steps) and step // self.every_n_train_steps > before // self.every_n_train_steps
 
-    def _epochs_passed(self, epoch: int, kind: str) -> bool:
-        if kind == "batch" or not self.every_n_epochs:
-            return False
-        return (epoch + (kind == "cut")) % self.every_n_epochs == 0
+    def _epochs_passed(self, trainer: Trainer, kind: str) -> bool:
+        validated, self._validated = self._validated, False
+        due = kind != "batch" if self._counts_epochs(trainer) else validated
+        epoch = trainer.current_epoch + (kind != "epoch")
+        return bool(due and self.every_n_epochs) and epoch % self.every_n_epochs == 0
+
+    def _counts_epochs(self, trainer: Any) -> bool:
+        if self._at_epoch_end is not None:
+            return self._at_epoch_end
+        one_to_one = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval in (None, 1.0)
+        return one_to_one or not trainer.run.plan.val_loaders
 
     def _time_passed(self, trainer: Trainer) -> bool:
         if self.train_time_interval is None:

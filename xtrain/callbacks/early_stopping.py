@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,16 @@ from xtrain.errors import ConfigurationError, explain
 if TYPE_CHECKING:
     from xtrain.module import LightningModule
     from xtrain.trainer import Trainer
+
+
+class EarlyStoppingReason(Enum):
+    """Why `EarlyStopping` ended a training; its words are in ``EarlyStopping.stopping_reason_message``."""
+
+    NOT_STOPPED = 0
+    STOPPING_THRESHOLD = 1
+    DIVERGENCE_THRESHOLD = 2
+    PATIENCE_EXHAUSTED = 3
+    NON_FINITE_METRIC = 4
 
 
 class EarlyStopping(Callback):
@@ -37,6 +48,7 @@ class EarlyStopping(Callback):
         best_score: the best value so far, a float.
         wait_count: checks since then.
         stopped_epoch: the epoch in which training was ended, 0 before.
+        stopping_reason: why, an `EarlyStoppingReason`; another rank's is told where this one goes on.
         reason: why, in words; empty before.
 
     Raises:
@@ -70,9 +82,14 @@ class EarlyStopping(Callback):
         self.stopping_threshold, self.divergence_threshold = stopping_threshold, divergence_threshold
         self.best_score = math.inf if mode == "min" else -math.inf
         self.wait_count = self.stopped_epoch = 0
-        self.reason = ""
+        self.stopping_reason, self.reason = EarlyStoppingReason.NOT_STOPPED, ""
         self._at_epoch_end = check_on_train_epoch_end
         self._fitting = False
+
+    @property
+    def stopping_reason_message(self) -> str | None:
+        """The words of `reason`, None before."""
+        return self.reason or None
 
     # ---------------------------------------------------------------- when
 
@@ -108,35 +125,36 @@ class EarlyStopping(Callback):
                     )
                 )
             return
-        reason = self._judge(float(value))
+        kind, reason = self._judge(float(value))
         ranks = trainer.backend.collectives
         if ranks.world_size > 1:  # a rank that goes on alone would wait for ever for those that stopped
-            stops = torch.tensor(float(bool(reason)), device=trainer.backend.device)
-            if ranks.all_reduce(stops, "max").item():
-                reason = reason or f"{self.monitor} on another rank"
+            most = int(ranks.all_reduce(torch.tensor(float(kind.value), device=trainer.backend.device), "max").item())
+            if most and not reason:
+                kind, reason = EarlyStoppingReason(most), f"{self.monitor} on another rank"
         if reason:
-            trainer.should_stop = True
+            trainer.should_stop, self.stopping_reason = True, kind
             self.stopped_epoch, self.reason = trainer.current_epoch, reason
             trainer.print(f"EarlyStopping ends the training in epoch {trainer.current_epoch}: {reason}.")
         elif self.verbose and self.wait_count == 0:
             trainer.print(f"EarlyStopping: {self.monitor} is best so far, {self.best_score:.5g}.")
 
-    def _judge(self, value: float) -> str:
-        """Return why training should end at this `value`, or an empty text."""
+    def _judge(self, value: float) -> tuple[EarlyStoppingReason, str]:
+        """Return why training should end at this `value`, and the same in words; an empty text if it goes on."""
         shown = f"{self.monitor} = {value:.5g}"
         if self.check_finite and not math.isfinite(value):
-            return f"{shown} is not finite"
+            return EarlyStoppingReason.NON_FINITE_METRIC, f"{shown} is not finite"
         if self.stopping_threshold is not None and self._better(value, self.stopping_threshold):
-            return f"{shown} has reached {self.stopping_threshold:.5g}"
+            return EarlyStoppingReason.STOPPING_THRESHOLD, f"{shown} has reached {self.stopping_threshold:.5g}"
         if self.divergence_threshold is not None and self._better(self.divergence_threshold, value):
-            return f"{shown} is worse than {self.divergence_threshold:.5g}"
+            return EarlyStoppingReason.DIVERGENCE_THRESHOLD, f"{shown} is worse than {self.divergence_threshold:.5g}"
         if self._better(value, self.best_score, self.min_delta):
             self.best_score, self.wait_count = value, 0
-            return ""
+            return EarlyStoppingReason.NOT_STOPPED, ""
         self.wait_count += 1
         if self.wait_count < self.patience:
-            return ""
-        return f"{self.monitor} has not improved on {self.best_score:.5g} in {self.wait_count} checks"
+            return EarlyStoppingReason.NOT_STOPPED, ""
+        words = f"{self.monitor} has not improved on {self.best_score:.5g} in {self.wait_count} checks"
+        return EarlyStoppingReason.PATIENCE_EXHAUSTED, words
 
     def _better(self, value: float, than: float, margin: float = 0.0) -> bool:
         return value < than - margin if self.mode == "min" else value > than + margin

@@ -18,7 +18,8 @@ class LearningRateMonitor(Callback):
     """Logs learning rates as ``lr-Adam``, ``lr-Adam-1``, ``lr-generator``, ``lr-Adam/pg1``, ...
 
     The name is that of the optimizer's schedule (``"name"`` of its settings), else the optimizer's own in a
-    dict from ``configure_optimizers``, else its class; ``/pgN`` tells several parameter groups apart.
+    dict from ``configure_optimizers``, else its class; ``/pgN`` tells several parameter groups apart, or the ``"name"``
+    that a group has.
 
     Args:
         logging_interval: ``"step"`` (at log points), ``"epoch"`` (once per epoch, as it begins) or None, which
@@ -26,8 +27,14 @@ class LearningRateMonitor(Callback):
         log_momentum: log ``<name>-momentum``, too (the first beta of Adam).
         log_weight_decay: log ``<name>-weight_decay``, too.
 
+    Attributes:
+        lrs: the rates that went to the loggers, a list for each name.
+        last_momentum_values: the newest momentum by name.
+        last_weight_decay_values: the newest weight decay by name.
+
     Raises:
-        ConfigurationError: for an unknown interval, and at the start of a training without a logger.
+        ConfigurationError: for an unknown interval, and at the start of a training without a logger or with two
+            groups of one name.
 
     Example:
         >>> trainer = Trainer(logger=True, callbacks=[LearningRateMonitor("step")])
@@ -43,6 +50,9 @@ class LearningRateMonitor(Callback):
         self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
         self._by_step = False
         self._names: list[str] = []
+        self.lrs: dict[str, list[float]] = {}
+        self.last_momentum_values: dict[str, float] = {}
+        self.last_weight_decay_values: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Name the optimizers, and find out when their rates change."""
@@ -51,30 +61,51 @@ class LearningRateMonitor(Callback):
             raise ConfigurationError(explain("a logger beside LearningRateMonitor", "none", fix))
         intervals = {config.interval for config in trainer.lr_scheduler_configs}
         self._by_step = self.logging_interval != "epoch" if self.logging_interval else intervals != {"epoch"}
-        self._names = list(_names(trainer))
+        self._names, self.lrs = list(_names(trainer)), {}
+        _check_groups(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Log, if epochs are asked for."""
         if not self._by_step:
-            self.log_dict(self._values(trainer))
+            self.log_dict(self._values(trainer, True))
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log, if steps are asked for."""
         if self._by_step:
-            self.log_dict(self._values(trainer), on_step=True, on_epoch=False)
+            every = trainer.log_every_n_steps
+            kept = every > 0 and (trainer.progress.logged_steps + 1) % every == 0
+            self.log_dict(self._values(trainer, kept), on_step=True, on_epoch=False)
 
-    def _values(self, trainer: Trainer) -> dict[str, Any]:
+    def _values(self, trainer: Trainer, kept: bool) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, optimizer in zip(self._names, trainer.life.optimizers, strict=True):
             groups = optimizer.param_groups
             for index, group in enumerate(groups):
-                label = f"{name}/pg{index + 1}" if len(groups) > 1 else name
+                label = f"{name}/{_name_of(group, index)}" if len(groups) > 1 or "name" in group else name
                 values[label] = group["lr"]
+                if kept:
+                    self.lrs.setdefault(label, []).append(float(group["lr"]))
                 if self.log_momentum:
-                    values[f"{label}-momentum"] = group["betas"][0] if "betas" in group else group.get("momentum", 0)
+                    momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
+                    values[f"{label}-momentum"] = self.last_momentum_values[f"{label}-momentum"] = momentum
                 if self.log_weight_decay:
-                    values[f"{label}-weight_decay"] = group.get("weight_decay", 0)
+                    decay = group.get("weight_decay", 0)
+                    values[f"{label}-weight_decay"] = self.last_weight_decay_values[f"{label}-weight_decay"] = decay
         return values
+
+
+def _name_of(group: dict[str, Any], index: int) -> str:
+    return str(group.get("name", f"pg{index + 1}"))
+
+
+def _check_groups(trainer: Trainer) -> None:
+    """Check that no two groups of an optimizer would be logged under one name."""
+    for optimizer in trainer.life.optimizers:
+        names = Counter(_name_of(group, index) for index, group in enumerate(optimizer.param_groups))
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            fix = "[{'params': self.encoder.parameters(), 'name': 'encoder'}, ...], each name once"
+            raise ConfigurationError(explain("a name for each parameter group", f"{', '.join(twice)} twice", fix))
 
 
 def _names(trainer: Trainer) -> Iterator[str]:

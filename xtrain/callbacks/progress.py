@@ -23,6 +23,7 @@ _SECONDS_IN_A_TERMINAL = 0.1
 _SECONDS_IN_A_LOG_FILE = 60.0
 _FULL = 62  # columns of a bar beside its title and its metrics
 _SHORT = "{desc} {n_fmt}/{total_fmt}{postfix} [{remaining}]"  # where there are fewer, the bar gives way to the metrics
+_KINDS = {"Epoch": "train", "Sanity": "sanity", "Validation": "validation", "Testing": "test", "Predicting": "predict"}
 _LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -61,12 +62,30 @@ class ProgressBar(Callback):
         self._fitting, self._shown, self._enabled = False, False, True
         self._bars: list[Any] = []  # the last one is drawn: validation runs inside of an epoch
         self._waited: set[str] = set()  # titles whose first step has been waited for
+        self._wanted: dict[str, Any] = {}  # what the next bar of tqdm is made with
 
     # ---------------------------------------------------------------- what users change
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return what is shown beside the bar, by name; override it to add something or to take it away."""
         return dict(trainer.progress_bar_metrics)
+
+    def init_train_tqdm(self) -> Any:
+        """Return the bar of tqdm for training; override it to change how it looks, also those of the other stages.
+
+        Example:
+            >>> class Quiet(ProgressBar):
+            ...     def init_validation_tqdm(self):
+            ...         return tqdm(disable=True)
+        """
+        tqdm: Any = import_module("tqdm.auto" if "ipykernel" in sys.modules else "tqdm").tqdm
+        return tqdm(**self._wanted)
+
+    init_sanity_tqdm = init_validation_tqdm = init_test_tqdm = init_predict_tqdm = init_train_tqdm
+
+    refresh_rate = property(lambda self: self._rate, doc="Batches between two looks at the clock.")
+    is_enabled = property(lambda self: self._enabled and self._rate > 0, doc="Whether it shows anything.")
+    is_disabled = property(lambda self: not self.is_enabled, doc="Whether it shows nothing.")
 
     def enable(self) -> None:
         """Show something from the next run on, after `disable`."""
@@ -117,7 +136,20 @@ class ProgressBar(Callback):
         self._waited.add(kind)
 
     def _make(self, title: str, total: int | None, leave: bool, done: int) -> Any:
-        return _Bar(title, total, self._seconds, leave, done, self._position + len(self._bars))
+        notebook = "ipykernel" in sys.modules  # a widget, where one can be shown
+        terminal = sys.stderr.isatty() and not notebook
+        moves = terminal or notebook
+        self._wanted = {
+            "desc": title,
+            "total": total,
+            "initial": done,
+            "file": sys.stderr if moves else io.StringIO(),  # tqdm formats the lines, but does not write them
+            "leave": leave,
+            "position": self._position + len(self._bars) if moves else None,
+            "dynamic_ncols": moves,
+        }
+        bar, self._wanted = getattr(self, f"init_{_KINDS[title.split()[0]]}_tqdm")(), {}
+        return _Bar(bar, total, self._seconds, leave, done, terminal, moves)
 
     @contextmanager
     def _while_it_works(self) -> Iterator[None]:
@@ -251,25 +283,14 @@ class _Bar:
     """One bar of tqdm: drawn in place in a terminal or a notebook, line by line elsewhere."""
 
     def __init__(
-        self, title: str, total: int | None, seconds: float | None, leave: bool, done: int, position: int
+        self, bar: Any, total: int | None, seconds: float | None, leave: bool, done: int, terminal: bool, moves: bool
     ) -> None:
-        notebook = "ipykernel" in sys.modules  # a widget, where one can be shown
-        tqdm: Any = import_module("tqdm.auto" if notebook else "tqdm").tqdm
-        self._terminal = sys.stderr.isatty() and not notebook
-        self._moves = self._terminal or notebook
+        self._tqdm, self._terminal, self._moves = bar, terminal, moves
+        bar.total = total if bar.total is None else bar.total
         usual = _SECONDS_IN_A_TERMINAL if self._moves else _SECONDS_IN_A_LOG_FILE
         self._seconds = usual if seconds is None else seconds
         self._leave = leave
         self._drawn: Any = None
-        self._tqdm = tqdm(
-            desc=title,
-            total=total,
-            initial=done,
-            file=sys.stderr if self._moves else io.StringIO(),  # tqdm formats the lines, but does not write them
-            leave=leave,
-            position=position if self._moves else None,
-            dynamic_ncols=self._moves,
-        )
         self.done = done
         self.due = time.monotonic() + self._seconds
 
@@ -282,6 +303,8 @@ class _Bar:
     def draw(self, metrics: Mapping[str, Any] | str) -> None:
         self.due = time.monotonic() + self._seconds
         bar = self._tqdm
+        if bar.disable:
+            return
         bar.n = self.done
         (bar.set_postfix_str if isinstance(metrics, str) else bar.set_postfix)(metrics, refresh=False)
         if self._moves:
@@ -296,7 +319,7 @@ class _Bar:
 
     def keep(self) -> None:
         """Leave a copy of what is drawn above the bar."""
-        if self._moves:
+        if self._moves and not self._tqdm.disable:
             self._tqdm.write(str(self._tqdm), file=sys.stderr)
 
     def close(self, metrics: Mapping[str, Any]) -> None:

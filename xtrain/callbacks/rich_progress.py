@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from xtrain.callbacks.progress import ProgressBar
@@ -13,12 +14,53 @@ from xtrain.errors import MissingDependencyError
 _SECONDS = 0.1
 
 
+@dataclass
+class RichProgressBarTheme:
+    """Colours of a `RichProgressBar`, each a style of rich; an empty one is rich's own.
+
+    Attributes:
+        description: of the title.
+        progress_bar: of the bar.
+        progress_bar_finished: of the bar at its end.
+        progress_bar_pulse: of the bar of a loader that does not know its length.
+        batch_progress: of the number of batches.
+        time: of the time left.
+        processing_speed: of a column that Lightning has, and this bar has not.
+        metrics: of the metrics.
+        metrics_text_delimiter: what stands between them.
+        metrics_format: how their values are written.
+    """
+
+    description: Any = ""
+    progress_bar: Any = ""
+    progress_bar_finished: Any = ""
+    progress_bar_pulse: Any = ""
+    batch_progress: Any = ""
+    time: Any = ""
+    processing_speed: Any = ""
+    metrics: Any = ""
+    metrics_text_delimiter: str = ", "
+    metrics_format: str = ".3g"
+
+    def styles(self) -> dict[str, Any]:
+        """Return the styles that are set, by the names that rich's columns have for them."""
+        names = {
+            "bar.complete": self.progress_bar,
+            "bar.finished": self.progress_bar_finished,
+            "bar.pulse": self.progress_bar_pulse,
+            "progress.download": self.batch_progress,
+            "progress.remaining": self.time,
+        }
+        return {name: style for name, style in names.items() if style}
+
+
 class RichProgressBar(ProgressBar):
     """Shows what `ProgressBar` shows, with colours, by the package rich.
 
     Args:
         refresh_rate: batches between two looks at the clock; 0 shows nothing.
         leave: keep a line for each finished epoch above the bar.
+        theme: its colours.
         console_kwargs: passed on to `rich.console.Console`; default: it writes to stderr.
         refresh_seconds: time between two drawings; default: 0.1.
 
@@ -33,6 +75,7 @@ class RichProgressBar(ProgressBar):
         self,
         refresh_rate: int = 1,
         leave: bool = False,
+        theme: RichProgressBarTheme | None = None,
         console_kwargs: Mapping[str, Any] | None = None,
         *,
         refresh_seconds: float | None = None,
@@ -45,6 +88,7 @@ class RichProgressBar(ProgressBar):
             raise MissingDependencyError(text) from error
         self._rich: Any = rich
         self._display: Any = None
+        self.theme = RichProgressBarTheme() if theme is None else theme
         self._console = {"stderr": True, **(console_kwargs or {})}
 
     def print(self, text: str) -> None:
@@ -56,18 +100,19 @@ class RichProgressBar(ProgressBar):
 
     def _make(self, title: str, total: int | None, leave: bool, done: int) -> Any:
         from rich.console import Console
+        from rich.theme import Theme
 
         if self._display is None:
-            console = Console(**self._console)
+            console = Console(**{"theme": Theme(self.theme.styles()), **self._console})
             if not (console.is_terminal or console.is_jupyter) and sys.stderr is console.file:
                 return super()._make(title, total, leave, done)
             rich = self._rich
             columns = (
-                "{task.description}",
+                rich.TextColumn("{task.description}", style=self.theme.description or "none"),
                 rich.BarColumn(),
                 rich.MofNCompleteColumn(),
                 rich.TimeRemainingColumn(),
-                "{task.fields[metrics]}",
+                rich.TextColumn("{task.fields[metrics]}", style=self.theme.metrics or "none", markup=False),
             )
             self._display = rich.Progress(*columns, console=console, auto_refresh=False)
             self._display.start()
@@ -102,8 +147,9 @@ class _Task:
         self._text = (
             metrics
             if isinstance(metrics, str)
-            else ", ".join(
-                f"{name}={value if isinstance(value, str) else f'{value:.3g}'}" for name, value in metrics.items()
+            else self._owner.theme.metrics_text_delimiter.join(
+                f"{name}={value if isinstance(value, str) else format(value, self._owner.theme.metrics_format)}"
+                for name, value in metrics.items()
             )
         )
         self._display.update(self._task, completed=self.done, metrics=self._text)

@@ -7,6 +7,7 @@ import os
 from typing import Any, TypeVar
 
 from xtrain.errors import ConfigurationError, explain
+from xtrain.hparams import with_attributes
 
 T = TypeVar("T", bound="LoadsFromCheckpoint")
 
@@ -47,11 +48,8 @@ class LoadsFromCheckpoint:
 
         checkpoint = read_checkpoint(open_checkpoint(checkpoint_path), weights_only).checkpoint
         saved = dict(checkpoint.get("hyper_parameters", {}))
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            saved = {name: value for name, value in saved.items() if name in {p.name for p in parameters}}
         try:
-            module: Any = cls(**{**saved, **kwargs})
+            module: Any = cls(**{**_arguments(cls, saved, kwargs), **kwargs})
         except TypeError as error:
             fix = f"self.save_hyperparameters() in __init__, or {cls.__name__}.load_from_checkpoint(path, hidden=64)"
             raise ConfigurationError(explain("all arguments of __init__ in the checkpoint", str(error), fix)) from error
@@ -60,3 +58,15 @@ class LoadsFromCheckpoint:
         remedy = f"{cls.__name__}.load_from_checkpoint(path, strict=False), which loads what fits"
         load_weights(module, weights, strict, remedy)
         return module if map_location is None else module.to(map_location)  # type: ignore[no-any-return]
+
+
+def _arguments(cls: Any, saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``__init__`` that were saved; one that was saved alone, as a configuration, is whole."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return saved
+    missing = [p.name for p in parameters if p.name in named - saved.keys() - given.keys() and p.default is p.empty]
+    if saved and len(missing) == 1 and not named & saved.keys():
+        return {missing[0]: with_attributes(saved)}
+    return {name: value for name, value in saved.items() if name in named}

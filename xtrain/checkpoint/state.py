@@ -21,6 +21,7 @@ from xtrain.contract import Phase
 from xtrain.data.position import Remembering, own_generators, samples_per_batch, stateful
 from xtrain.data.sharding import order_is_portable, seeds_of
 from xtrain.errors import CheckpointError, ProtocolError, explain
+from xtrain.hparams import plain_containers
 from xtrain.metrics.state import metric_state
 from xtrain.run.state import Run
 
@@ -86,7 +87,7 @@ def _common(run: Run) -> dict[str, Any]:
         "epoch": progress.epoch,
         "global_step": progress.global_step,
         VERSION_KEY: xtrain.__version__,
-        "hyper_parameters": dict(module.hparams),
+        "hyper_parameters": plain_containers(module.hparams),
     }
 
 

@@ -20,15 +20,15 @@ BATCH_OF_NONE = explain(
 )
 
 
-def detached_outputs(outputs: Any, parts: int) -> dict[str, Any]:
-    """Return what ``on_train_batch_end`` gets: a dict without graphs.
+def detached_outputs(outputs: Any, parts: int) -> dict[str, Any] | None:
+    """Return what ``on_train_batch_end`` gets: a dict without graphs, None where no step ran.
 
     Args:
         outputs: what the training step returned: a loss, a dict, or nothing.
-        parts: batches per optimizer step; the loss is divided by it, as it was for the backward.
+        parts: batches per optimizer step; the loss is divided by it, as it was for the backward. 0: no step ran.
     """
     if outputs is None:
-        return {}
+        return {} if parts else None
     whole = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
     detached = {name: map_tensors(Tensor.detach, value) for name, value in whole.items()}
     if parts > 1 and "loss" in detached:

@@ -85,11 +85,13 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
         progress.batch_idx, progress.is_last_batch, outputs = index, last, None
         if batch is None and plan.loader is not None:
             life.warn_once(BATCH_OF_NONE)
+            parts = 0
         else:
+            parts = trainer.accumulate_grad_batches
             batch = run.transfer(batch, 0)
             metrics.set_batch(batch)
             if at_start and -1 in run.call("on_train_batch_start", batch, index):
-                run.remark = ", which on_train_batch_start ended by -1"
+                run.remark, progress.is_last_batch = ", which on_train_batch_start ended by -1", True
                 return True
             metrics.hook("training_step")
             with backend.forward_context():
@@ -100,7 +102,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
             life.stepped = False
         if at_end:
             progress.ending = 1
-            run.call("on_train_batch_end", detached_outputs(outputs, trainer.accumulate_grad_batches), batch, index)
+            run.call("on_train_batch_end", detached_outputs(outputs, parts), batch, index)
             progress.ending = 0
         if life.last_loss is not None:
             metrics.checks["loss"] = life.last_loss
