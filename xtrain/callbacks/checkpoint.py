@@ -87,13 +87,8 @@ class ModelCheckpoint(Callback):
         if monitor is None and save_top_k > 1:
             _check("a monitor for save_top_k above 1", False, f"save_top_k={save_top_k}", "save_top_k=-1")
         timed = every_n_train_steps or train_time_interval is not None
-        self.given_dirpath, self.filename, self.monitor, self.mode, self.verbose = (
-            dirpath,
-            filename,
-            monitor,
-            mode,
-            verbose,
-        )
+        self.given_dirpath, self.filename, self.verbose = dirpath, filename, verbose
+        self.monitor, self.mode = monitor, mode
         self.save_last, self.save_top_k, self.save_weights_only = save_last, save_top_k, save_weights_only
         self.every_n_train_steps, self.train_time_interval = every_n_train_steps or 0, train_time_interval
         self.every_n_epochs = every_n_epochs if every_n_epochs is not None else int(not timed)
