@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import UserDict
 from importlib import import_module
 
@@ -14,7 +15,7 @@ from xtrain import Callback, ConfigurationError, LightningModule, ModelCheckpoin
 from xtrain.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar, TQDMProgressBar
 from xtrain.callbacks.early_stopping import EarlyStoppingReason
 from xtrain.demos.boring_classes import BoringDataModule, BoringModel, ManualOptimBoringModel
-from xtrain.loggers import CSVLogger
+from xtrain.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 QUIET = {"backend": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -209,3 +210,55 @@ def test_rich_bars_have_a_theme(monkeypatch, capsys):
     assert "a=1.50e+00 / b=2.00e+00" in shown
     assert "\x1b[31mEpoch 1/1" in shown
     assert "\x1b[32m" in shown
+
+
+def test_a_save_after_a_test_keeps_the_optimizers(tmp_path):
+    class Adam(Validated):
+        test_step = Validated.validation_step
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    whole, halved = Adam(), Adam()
+    Trainer(max_epochs=2, log_every_n_steps=1, **QUIET).fit(whole, loader(3))
+    first = Trainer(max_epochs=1, log_every_n_steps=1, **QUIET)
+    first.fit(halved, loader(3))
+    first.test(halved, loader(1))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second = Adam(seed=1)
+    Trainer(max_epochs=2, log_every_n_steps=1, **QUIET).fit(second, loader(3), ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(whole.net.weight, second.net.weight)
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced_where_they_are_not_counted(tmp_path):
+    for counts in (True, False):
+        saving = ModelCheckpoint(tmp_path / str(counts), "same", save_top_k=-1, enable_version_counter=counts)
+        Trainer(max_epochs=2, log_every_n_steps=1, callbacks=saving, **QUIET).fit(Automatic(), loader(1))
+    names = [sorted(path.name for path in tmp_path.glob(f"{counts}/*.ckpt")) for counts in (True, False)]
+    assert names == [["same-v1.ckpt", "same.ckpt"], ["same.ckpt"]]
+
+
+def test_loggers_take_arguments_of_lightning(tmp_path):
+    board = TensorBoardLogger(tmp_path, default_hp_metric=False, sub_dir="events")
+    board.log_metrics({"a": 1.0}, 0)
+    board.finalize("success")
+    assert len(list((tmp_path / "lightning_logs/version_0/events").glob("events.*"))) == 1
+    with pytest.raises(ConfigurationError, match="add_graph"):
+        TensorBoardLogger(tmp_path, log_graph=True)
+    with pytest.raises(ConfigurationError, match="log_artifact"):
+        MLFlowLogger(log_model=True)
+    MLFlowLogger(save_dir=tmp_path, synchronous=True)
+    WandbLogger(checkpoint_name="best")
+
+
+def test_the_arguments_of_another_frame_are_kept():
+    class Base(LightningModule):
+        def keep(self, frame):
+            self.save_hyperparameters(frame=frame)
+
+    class Kept(Base):
+        def __init__(self, lr=0.1):
+            super().__init__()
+            self.keep(inspect.currentframe())
+
+    assert Kept(0.3).hparams == {"lr": 0.3}

@@ -48,13 +48,20 @@ class KeepsHyperParameters:
         """What `save_hyperparameters` kept, without what was set in `hparams` since."""
         return copy.copy(vars(self).get("_hparams_initial", HyperParameters()))
 
-    def save_hyperparameters(self, *names: Any, ignore: Iterable[str] | str | None = None, logger: bool = True) -> None:
+    def save_hyperparameters(
+        self,
+        *names: Any,
+        ignore: Iterable[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
         """Keep the arguments of the calling ``__init__`` in ``self.hparams``.
 
         Args:
             *names: which ones (none means all), or one dict or `argparse.Namespace` to keep instead. A configuration
                 object, such as OmegaConf's, is kept as it is.
             ignore: names to leave out, and to drop where a base class has kept them.
+            frame: that of an ``__init__`` whose arguments they are; default: of the caller.
             logger: also send them to the loggers when a run starts.
 
         Raises:
@@ -68,9 +75,10 @@ class KeepsHyperParameters:
             >>> Model(lr=0.3).hparams.lr
             0.3
         """
-        frame = inspect.currentframe()
+        here = inspect.currentframe()
+        frame = frame or (None if here is None else here.f_back)
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        values = read_hyperparameters(names, ignored, self, None if frame is None else frame.f_back)
+        values = read_hyperparameters(names, ignored, self, frame)
         self._log_hparams = logger
         if len(names) == 1 and _is_config(names[0]) and not ignored & names[0].keys():
             vars(self).update(_hparams=names[0], _hparams_initial=copy.deepcopy(names[0]))

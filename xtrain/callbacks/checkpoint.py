@@ -18,6 +18,7 @@ from xtrain.checkpoint.stores import store_of
 from xtrain.errors import CheckpointError, ConfigurationError, explain
 
 if TYPE_CHECKING:
+    from xtrain.checkpoint.places import Place
     from xtrain.module import LightningModule
     from xtrain.trainer import Trainer
 
@@ -51,6 +52,7 @@ class ModelCheckpoint(Callback):
         save_on_train_epoch_end: save at the end of those epochs (True), or after each validation in them (False). None
             takes validations where they and epochs do not come one to one.
         save_on_exception: save when the training ends by an exception, for looking at it.
+        enable_version_counter: write beside a checkpoint of the same name, with ``-v1``, and not in its place.
         background: copy the state, and write it while the training goes on.
 
     Raises:
@@ -76,6 +78,7 @@ class ModelCheckpoint(Callback):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         save_on_exception: bool = False,
+        enable_version_counter: bool = True,
         background: bool = False,
     ) -> None:
         _check("mode 'min' or 'max'", mode in ("min", "max"), mode, "mode='min'")
@@ -84,22 +87,20 @@ class ModelCheckpoint(Callback):
         for flag, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
             good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
             _check(f"{flag} as an int of at least 0", good, value, f"{flag}=100")
-        if monitor is None and save_top_k > 1:
-            _check("a monitor for save_top_k above 1", False, f"save_top_k={save_top_k}", "save_top_k=-1")
+        watched = monitor is not None or save_top_k < 2
+        _check("a monitor for save_top_k above 1", watched, f"save_top_k={save_top_k}", "save_top_k=-1")
         timed = every_n_train_steps or train_time_interval is not None
         self.given_dirpath, self.filename, self.verbose = dirpath, filename, verbose
         self.monitor, self.mode = monitor, mode
         self.save_last, self.save_top_k, self.save_weights_only = save_last, save_top_k, save_weights_only
         self.every_n_train_steps, self.train_time_interval = every_n_train_steps or 0, train_time_interval
         self.every_n_epochs = every_n_epochs if every_n_epochs is not None else int(not timed)
-        self.save_on_exception, self.background = save_on_exception, background
+        self.save_on_exception, self.background, self._counter = save_on_exception, background, enable_version_counter
         self._insert, self._at_epoch_end, self._validated = auto_insert_metric_name, save_on_train_epoch_end, False
         self.dirpath = "" if dirpath is None else os.fspath(dirpath)
         self.best_model_path = self.last_model_path = ""
         self.best_model_score: float | None = None
         self.best_k_models: dict[str, float] = {}
-        self._saved_step, self._saved_epoch = -1, -1
-        self._clock = time.monotonic()
         self._writing: Any = None
         self._lock: Any = None
         self._seen_step: int | None = None
@@ -208,7 +209,7 @@ class ModelCheckpoint(Callback):
         """Save a run that is told to end, whatever the monitor says; returns the path."""
         self.wait()
         name = f"preempted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        path = place(trainer.broadcast(_free(self.dirpath, name) if trainer.is_global_zero else ""))
+        path = _free(trainer, self.dirpath, name)
         self._coming = (str(path), None)
         trainer._write_checkpoint(path, False, False, False)
         return str(path)
@@ -243,7 +244,7 @@ class ModelCheckpoint(Callback):
         score = None if exception else self._score(trainer)
         if not exception and not self._is_wanted(score) and not self.save_last:
             return
-        path = place(trainer.broadcast(_free(self.dirpath, f"{name}{SUFFIX}") if trainer.is_global_zero else ""))
+        path = _free(trainer, self.dirpath, f"{name}{SUFFIX}", self._counter)
         rank = float(trainer.global_step) if score is None else score  # without a monitor the newest is best
         self._coming = (str(path), rank if self.save_top_k else None)
         try:
@@ -341,11 +342,11 @@ def _check(expected: str, holds: bool, received: Any, fix: str) -> None:
         raise ConfigurationError(explain(expected, repr(received), f"ModelCheckpoint({fix})"))
 
 
-def _free(folder: str, name: str) -> str:
-    """Return the path of `name` in `folder`, or if there is something already the first free name after it."""
+def _free(trainer: Trainer, folder: str, name: str, counts: bool = True) -> Place:
+    """Return the path of `name` in `folder`, or if there is something and it `counts` the first free name after it."""
     path = place(folder) / name
     store, number, stem = store_of(path), 1, path.stem
     with suppress(OSError):  # it will be told when that is written to
-        while store.taken(path):
+        while counts and trainer.is_global_zero and store.taken(path):
             path, number = path.with_name(f"{stem}-v{number}{path.suffix}"), number + 1
-    return str(path)
+    return place(trainer.broadcast(str(path)))

@@ -43,6 +43,7 @@ class EarlyStopping(Callback):
         divergence_threshold: end when it is worse than this.
         check_on_train_epoch_end: look at the end of training epochs (True) or of validations (False); None
             takes validations where they and epochs do not come one to one.
+        log_rank_zero_only: taken as in Lightning, not needed: rank 0 alone says why.
 
     Attributes:
         best_score: the best value so far, a float.
@@ -72,6 +73,7 @@ class EarlyStopping(Callback):
         stopping_threshold: float | None = None,
         divergence_threshold: float | None = None,
         check_on_train_epoch_end: bool | None = None,
+        log_rank_zero_only: bool = True,
     ) -> None:
         if mode not in ("min", "max"):
             fix = f"EarlyStopping({monitor!r}, mode='min')"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -31,6 +31,7 @@ class ModelSummary(Callback):
 
     Args:
         max_depth: levels of children; -1 is all of them, 0 prints the last lines only.
+        **summarize_kwargs: styles of Lightning's tables, which are taken and change nothing.
 
     Raises:
         ConfigurationError: for a depth below -1.
@@ -39,7 +40,7 @@ class ModelSummary(Callback):
         >>> trainer = Trainer(callbacks=[ModelSummary(max_depth=2)])
     """
 
-    def __init__(self, max_depth: int = 1) -> None:
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
         if not isinstance(max_depth, int) or max_depth < -1:
             fix = "ModelSummary(max_depth=1)"
             raise ConfigurationError(explain("max_depth as an int of at least -1", repr(max_depth), fix))

@@ -36,7 +36,11 @@ class CheckpointVerbs(TrainerState):
             >>> trainer.save_checkpoint("model.ckpt")
             >>> Trainer(max_epochs=3, enable_progress_bar=False).fit(module, data, ckpt_path="model.ckpt")
         """
-        save(run_of(self.run), place(filepath), weights_only)
+        run = run_of(self.run)
+        fit = self.last_fit  # after it the module may have been tested: its optimizers are those of the fit
+        if fit is not None and fit.module is run.module and not (run.active or weights_only):
+            run = fit
+        save(run, place(filepath), weights_only)
 
     @property
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:

@@ -97,6 +97,11 @@ class LightningAttributes:
 
     min_epochs = property(lambda self: self.options.min_epochs, doc="Epochs before anybody may stop the training.")
     min_steps = property(lambda self: self.options.min_steps, doc="Training steps before that.")
+    enable_autolog_hparams = True
+    reload_dataloaders_every_n_epochs = property(
+        lambda self: self.options.reload_dataloaders_every_n_epochs,
+        doc="Epochs between two new loaders.",
+    )
     overfit_batches = property(lambda self: self.options.overfit_batches, doc="What it trains and validates on.")
     barebones = property(lambda self: self.options.barebones, doc="Whether nothing but the training runs.")
 

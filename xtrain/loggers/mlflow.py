@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtrain.errors import MissingDependencyError
+from xtrain.errors import ConfigurationError, MissingDependencyError, explain
 from xtrain.loggers.base import Logger, rank_zero_only
 from xtrain.loggers.values import as_pixels, flat, with_prefix
 
@@ -26,6 +26,12 @@ class MLFlowLogger(Logger):
         run_id: continue this run.
         prefix: put before the name of every metric.
         artifact_location: where artifacts of a new experiment go.
+        save_dir: a folder for runs, without a `tracking_uri`.
+        log_model: False only: checkpoints are not uploaded.
+        synchronous: True only, or None: each row is sent at once.
+
+    Raises:
+        ConfigurationError: if checkpoints should be uploaded, or rows sent later.
 
     Example:
         >>> trainer = Trainer(logger=MLFlowLogger("gan", tracking_uri="sqlite:///runs.db"))
@@ -40,9 +46,17 @@ class MLFlowLogger(Logger):
         run_id: str | None = None,
         prefix: str = "",
         artifact_location: str | None = None,
+        save_dir: str | os.PathLike[str] | None = None,
+        log_model: bool = False,
+        synchronous: bool | None = None,
     ) -> None:
+        if log_model or synchronous is False:
+            fix = "MLFlowLogger(...), and logger.experiment.log_artifact(logger.run_id, path) after trainer.fit"
+            received = f"log_model={log_model!r}, synchronous={synchronous!r}"
+            raise ConfigurationError(explain("log_model=False and synchronous=True", received, fix))
         self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id
-        self._uri, self._tags = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), dict(tags or {})
+        place = None if save_dir is None else f"file:{os.fspath(save_dir)}"
+        self._uri, self._tags = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or place, dict(tags or {})
         self._prefix, self._artifacts = prefix, artifact_location
         self._client: Any = None
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtrain.errors import MissingDependencyError
+from xtrain.errors import ConfigurationError, MissingDependencyError, explain
 from xtrain.loggers.base import FileLogger, rank_zero_only
 from xtrain.loggers.values import as_pixels, flat, with_prefix
 
@@ -23,7 +23,13 @@ class TensorBoardLogger(FileLogger):
         name: the experiment.
         version: an int N or the name of a folder; None takes the first N that is free.
         prefix: put before the name of every metric.
+        log_graph: False only: `xtrain` runs no step to draw it.
+        default_hp_metric: taken as in Lightning, not needed: no metric is made up for hyperparameters.
+        sub_dir: a folder below that of the run, for the event files.
         **kwargs: passed on to `torch.utils.tensorboard.SummaryWriter`.
+
+    Raises:
+        ConfigurationError: if a graph should be drawn.
 
     Example:
         >>> trainer = Trainer(logger=TensorBoardLogger("logs"))
@@ -34,11 +40,17 @@ class TensorBoardLogger(FileLogger):
         save_dir: str | os.PathLike[str],
         name: str | None = "lightning_logs",
         version: int | str | None = None,
+        log_graph: bool = False,
+        default_hp_metric: bool = True,
         prefix: str = "",
+        sub_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(save_dir, name, version)
-        self._prefix, self._kwargs = prefix, kwargs
+        if log_graph:
+            fix = "logger.experiment.add_graph(module, example) after trainer.fit"
+            raise ConfigurationError(explain("log_graph=False", "log_graph=True", fix))
+        self._prefix, self._kwargs, self._below = prefix, kwargs, os.fspath(sub_dir or "")
         self._writer: SummaryWriter | None = None
 
     @property
@@ -55,7 +67,7 @@ class TensorBoardLogger(FileLogger):
                 raise MissingDependencyError(
                     "TensorBoardLogger needs the tensorboard package: pip install 'xtrain-torch[loggers]'"
                 ) from error
-            self._writer = SummaryWriter(self.log_dir, **self._kwargs)
+            self._writer = SummaryWriter(os.path.join(self.log_dir, self._below), **self._kwargs)  # noqa: PTH118  # it may be a URL
         return self._writer
 
     @rank_zero_only

@@ -23,6 +23,8 @@ class WandbLogger(Logger):
         log_model: False only: checkpoints are not uploaded.
         experiment: a run that `wandb.init` returned.
         prefix: put before the name of every metric.
+        checkpoint_name: of an upload, which is not made; so is `add_file_policy`.
+        add_file_policy: as `checkpoint_name`.
         **kwargs: passed on to `wandb.init`.
 
     Raises:
@@ -42,6 +44,8 @@ class WandbLogger(Logger):
         log_model: bool = False,
         experiment: Any = None,
         prefix: str = "",
+        checkpoint_name: str | None = None,
+        add_file_policy: str = "mutable",
         **kwargs: Any,
     ) -> None:
         if log_model:
