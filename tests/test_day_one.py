@@ -123,7 +123,7 @@ def test_rates_have_the_names_of_groups_and_are_kept(tmp_path):
     monitor = LearningRateMonitor("step", log_momentum=True)
     settings = {"max_epochs": 1, "log_every_n_steps": 2, "logger": CSVLogger(tmp_path), "callbacks": monitor, **QUIET}
     Trainer(**settings).fit(Grouped(), loader(5))
-    assert monitor.lrs == {"lr-SGD/w": [0.5, 0.5], "lr-SGD/b": [0.5, 0.5]}
+    assert monitor.lrs == {"lr-SGD/w": [0.5] * 3, "lr-SGD/b": [0.5] * 3}
     assert monitor.last_momentum_values == {"lr-SGD/w-momentum": 0.9, "lr-SGD/b-momentum": 0.9}
     twins = Grouped()
     twins.names = ("w", "w")
@@ -262,3 +262,31 @@ def test_the_arguments_of_another_frame_are_kept():
             self.keep(inspect.currentframe())
 
     assert Kept(0.3).hparams == {"lr": 0.3}
+
+
+def test_two_early_stoppings_keep_a_state_each(tmp_path):
+    def stoppings():
+        return [EarlyStopping("val_loss", patience=3), EarlyStopping("other", patience=5, strict=False)]
+
+    trainer = Trainer(max_epochs=1, log_every_n_steps=1, callbacks=stoppings(), **QUIET)
+    trainer.fit(Validated(), loader(1), loader(1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    first, second = resumed = stoppings()
+    Trainer(max_epochs=2, log_every_n_steps=1, callbacks=resumed, **QUIET).fit(
+        Validated(), loader(1), loader(1), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert first.best_score < second.best_score == float("inf")
+    assert (first.patience, second.patience) == (3, 5)
+
+
+def test_momentum_of_an_optimizer_without_one_is_told(tmp_path):
+    class Plain(Automatic):
+        def configure_optimizers(self):
+            return torch.optim.Adagrad(self.parameters())
+
+    monitor = LearningRateMonitor(log_momentum=True)
+    trainer = Trainer(max_epochs=1, log_every_n_steps=2, logger=CSVLogger(tmp_path), callbacks=monitor, **QUIET)
+    with pytest.warns(RuntimeWarning, match="optimizer with momentum"):
+        trainer.fit(Plain(), loader(3))
+    assert monitor.lrs == {"lr-Adagrad": [0.01, 0.01]}
+    assert trainer.num_sanity_val_batches == []

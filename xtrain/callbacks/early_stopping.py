@@ -163,6 +163,12 @@ class EarlyStopping(Callback):
 
     # ---------------------------------------------------------------- checkpoints
 
+    @property
+    def state_key(self) -> str:
+        """The class, with what tells several of them apart."""
+        facts = {"monitor": self.monitor, "mode": self.mode}
+        return f"{type(self).__qualname__}{facts}"
+
     def state_dict(self) -> dict[str, Any]:
         """Return how far its patience goes."""
         return {name: getattr(self, name) for name in ("best_score", "wait_count", "stopped_epoch", "patience")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,12 @@ class LearningRateMonitor(Callback):
         intervals = {config.interval for config in trainer.lr_scheduler_configs}
         self._by_step = self.logging_interval != "epoch" if self.logging_interval else intervals != {"epoch"}
         self._names, self.lrs = list(_names(trainer)), {}
+        self._values(trainer, False)  # the names, for who looks before the first row
         _check_groups(trainer)
+        moving = [o for o in trainer.life.optimizers if {"betas", "momentum"} & o.optimizer.defaults.keys()]
+        if self.log_momentum and not moving:
+            fix = "LearningRateMonitor(log_momentum=False)"
+            warnings.warn(explain("an optimizer with momentum", "none: 0 is logged", fix), RuntimeWarning, stacklevel=2)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Log, if epochs are asked for."""
@@ -73,7 +79,7 @@ class LearningRateMonitor(Callback):
         """Log, if steps are asked for."""
         if self._by_step:
             every = trainer.log_every_n_steps
-            kept = every > 0 and (trainer.progress.logged_steps + 1) % every == 0
+            kept = every > 0 and ((trainer.progress.logged_steps + 1) % every == 0 or trainer.is_last_batch)
             self.log_dict(self._values(trainer, kept), on_step=True, on_epoch=False)
 
     def _values(self, trainer: Trainer, kept: bool) -> dict[str, Any]:
@@ -83,8 +89,9 @@ class LearningRateMonitor(Callback):
             for index, group in enumerate(groups):
                 label = f"{name}/{_name_of(group, index)}" if len(groups) > 1 or "name" in group else name
                 values[label] = group["lr"]
+                rates = self.lrs.setdefault(label, [])
                 if kept:
-                    self.lrs.setdefault(label, []).append(float(group["lr"]))
+                    rates.append(float(group["lr"]))
                 if self.log_momentum:
                     momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
                     values[f"{label}-momentum"] = self.last_momentum_values[f"{label}-momentum"] = momentum

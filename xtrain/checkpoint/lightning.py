@@ -52,7 +52,7 @@ def read_lightning(path: Place, weights_only: bool | None = None) -> dict[str, A
         "global_step": int(steps),
         "optimizer_states": list(saved.get("optimizer_states", [])),
         "lr_schedulers": list(saved.get("lr_schedulers", [])),
-        "callbacks": {_class_name(key): state for key, state in saved.get("callbacks", {}).items()},
+        "callbacks": {k: state for key, state in saved.get("callbacks", {}).items() for k in (key, _class_name(key))},
         "progress": {
             "batches": int(progress.get("total", {}).get("processed", done)),
             "done": done,

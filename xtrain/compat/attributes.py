@@ -178,7 +178,7 @@ class LightningAttributes:
     def num_sanity_val_batches(self: Any) -> list[int | float]:
         """Batches of the check before training per loader."""
         run = self.run
-        return [] if run is None else self._sizes("validate", run.plan.sanity_batches)
+        return [] if run is None or run.called != "fit" else self._sizes("validate", run.plan.sanity_batches)
 
     @property
     def enable_validation(self: Any) -> bool:
