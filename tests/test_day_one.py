@@ -42,6 +42,14 @@ def test_checkpoints_are_saved_after_validations_or_epochs(tmp_path, saver, run,
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [f"step={step}.ckpt" for step in steps]
 
 
+@pytest.mark.parametrize(("monitor", "mode", "kept"), [("epoch", "max", 4), ("step", "min", 2)])
+def test_the_newest_or_oldest_checkpoint_may_be_asked_for_by_epoch_or_step(tmp_path, monitor, mode, kept):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", monitor=monitor, mode=mode)
+    Trainer(max_epochs=2, callbacks=saving, log_every_n_steps=1, **QUIET).fit(Automatic(), loader(2))
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == [f"step={kept}.ckpt"]
+    assert saving.best_model_path == str(tmp_path / f"step={kept}.ckpt")
+
+
 def test_evaluations_take_a_checkpoint_where_lightning_has_it(tmp_path, capsys):
     trained, fresh = Validated(), Validated(seed=1)
     trainer = Trainer(max_epochs=1, log_every_n_steps=1, **QUIET)

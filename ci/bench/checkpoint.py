@@ -56,7 +56,7 @@ def told(name: str, ratio: float) -> None:
 
 def files(layers: int, rounds: int) -> None:
     model = Model(layers, 2048)
-    trainer = xtrain.Trainer("cpu", max_steps=1, enable_progress_bar=False)
+    trainer = xtrain.Trainer("cpu", max_steps=1, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(model, [torch.randn(1, 2048)])
     count = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,12 @@ def steps(rounds: int) -> None:
     def seconds(saving: bool, folder: str) -> float:
         saver = xtrain.ModelCheckpoint(folder, every_n_train_steps=10**9, every_n_epochs=0)
         trainer = xtrain.Trainer(
-            "cpu", max_steps=4000, enable_progress_bar=False, callbacks=[saver] if saving else [], logger=False
+            "cpu",
+            max_steps=4000,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[saver] if saving else [],
+            logger=False,
         )
         torch.manual_seed(0)
         began = time.process_time()
@@ -112,9 +117,9 @@ def bytes_of_ranks() -> None:
     folder = Path(tempfile.gettempdir()) / f"xtrain-bytes-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
     model = Model(4, 512)
     saver = xtrain.ModelCheckpoint(folder)
-    xtrain.Trainer("deepspeed", max_steps=2, callbacks=[saver], enable_progress_bar=False).fit(
-        model, [torch.ones(4, 512)] * 4
-    )
+    xtrain.Trainer(
+        "deepspeed", max_steps=2, callbacks=[saver], enable_progress_bar=False, enable_model_summary=False
+    ).fit(model, [torch.ones(4, 512)] * 4)
     if int(os.environ.get("RANK", "0")) == 0:
         found = {p.name: p.stat().st_size for p in Path(saver.best_model_path).iterdir()}
         alone = sum(size for name, size in found.items() if not name.startswith("rank-") or name == "rank-00000.pt")

@@ -190,7 +190,7 @@ def measure(case: Case, blocks: int, options: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = xtrain.Trainer(
             "cpu", max_epochs=2, logger=True, default_root_dir=folder, enable_progress_bar=False, callbacks=Losses(),
-            reload_dataloaders_every_n_epochs=1, **options
+            enable_model_summary=False, reload_dataloaders_every_n_epochs=1, **options
         )  # fmt: skip
         loop.trainer = trainer
         module.train_dataloader = lambda: loop

@@ -121,7 +121,9 @@ def manual_module(base: type[Any]) -> type[Any]:
 
 def with_xtrain(gan: GAN, batches: Batches, folder: str) -> None:
     """Train with xtrain: CSV logger and progress bar on."""
-    trainer = xtrain.Trainer(backend="cpu", max_epochs=1, logger=True, default_root_dir=folder)
+    trainer = xtrain.Trainer(
+        backend="cpu", max_epochs=1, logger=True, default_root_dir=folder, enable_model_summary=False
+    )
     trainer.fit(manual_module(xtrain.LightningModule)(gan), batches)
 
 

@@ -103,7 +103,9 @@ def with_ddp(view: bool) -> Train:
 
 
 def with_xtrain(network: nn.Module, batches: Stopwatch) -> None:
-    Trainer("cpu", max_epochs=1, enable_progress_bar=False).fit(Regression(network), batches)
+    Trainer("cpu", max_epochs=1, enable_progress_bar=False, enable_model_summary=False).fit(
+        Regression(network), batches
+    )
 
 
 CONTENDERS: dict[str, Train] = {

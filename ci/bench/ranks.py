@@ -94,7 +94,13 @@ def train(fault: str, rank: int, workers: int, mark: Path) -> None:
     options = {"timeout": TIMEOUT} if fault == "hang" else None
     devices = None if "RANK" in os.environ else 2
     trainer = Trainer(
-        "cpu", devices=devices, max_epochs=1, enable_progress_bar=False, callbacks=Saves(), backend_options=options
+        "cpu",
+        devices=devices,
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=Saves(),
+        backend_options=options,
     )
     trainer.fit(Module(), DataLoader(TensorDataset(torch.randn(480, 8)), batch_size=4, num_workers=workers))
     print(f"rank {trainer.global_rank} came to the end", flush=True)

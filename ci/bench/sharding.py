@@ -117,7 +117,7 @@ def with_xtrain(options: Options, network: nn.Module, batches: Any) -> None:
 
 
 def fit(backend: str, options: Options, module: Regression, batches: Any) -> None:
-    quiet = {"max_epochs": 1, "enable_progress_bar": False, "logger": False}
+    quiet = {"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     Trainer(backend, backend_options=options or None, **quiet).fit(module, batches)
 
 

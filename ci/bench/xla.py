@@ -134,7 +134,9 @@ def by_hand(width: int, data: DataLoader[Batch], clock: Clock) -> None:
 
 def with_xtrain(width: int, data: DataLoader[Batch], clock: Clock) -> None:
     """Train with xtrain; nothing is read at log points, as in the other loops."""
-    trainer = xtrain.Trainer("tpu", max_epochs=1, enable_progress_bar=False, log_every_n_steps=10**6)
+    trainer = xtrain.Trainer(
+        "tpu", max_epochs=1, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10**6
+    )
     trainer.fit(module_of(xtrain.LightningModule, width, clock), data)
 
 

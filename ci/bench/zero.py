@@ -109,7 +109,12 @@ class Timed(xtrain.Callback):
 def fit(module: GAN, stage: int, data: list[Batch], callback: xtrain.Callback) -> None:
     options = {"stage": stage}
     trainer = xtrain.Trainer(
-        "deepspeed", backend_options=options, max_epochs=1, callbacks=callback, enable_progress_bar=False
+        "deepspeed",
+        backend_options=options,
+        max_epochs=1,
+        callbacks=callback,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, data)
 

@@ -39,7 +39,8 @@ class ModelCheckpoint(Callback):
             ``default_root_dir``.
         filename: a template such as ``"{epoch}-{val_loss:.2f}"``; default: ``"{epoch}-{step}"``. ``step`` is
             ``trainer.global_step``, which counts training steps.
-        monitor: the metric in ``trainer.callback_metrics`` that says which are best; None takes the newest.
+        monitor: the metric in ``trainer.callback_metrics``, ``"epoch"`` or ``"step"``, that says which are best; None
+            takes the newest.
         verbose: say what is saved.
         save_last: keep ``last.ckpt``.
         save_top_k: how many to keep; -1 is all of them, 0 none but the last.
@@ -315,13 +316,13 @@ class ModelCheckpoint(Callback):
     def _score(self, trainer: Trainer) -> float | None:
         if self.monitor is None:
             return None
-        value = trainer.callback_metrics.get(self.monitor)
+        counts = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        value = trainer.callback_metrics.get(self.monitor, counts.get(self.monitor))
         if value is None:
             received = f"only {sorted(trainer.callback_metrics)}"
             fix = f"self.log({self.monitor!r}, value) in validation_step, or ModelCheckpoint(monitor=None)"
-            raise ConfigurationError(
-                explain(f"the metric {self.monitor!r} of ModelCheckpoint in trainer.callback_metrics", received, fix)
-            )
+            wanted = f"the metric {self.monitor!r} of ModelCheckpoint in trainer.callback_metrics"
+            raise ConfigurationError(explain(wanted, received, fix))
         score = trainer.broadcast(float(value))
         return score if score == score else (float("inf") if self.mode == "min" else float("-inf"))
 
