@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from torch import Tensor
 from xtrain.errors import BackendUnavailableError, explain
 
 from .rendezvous import Rendezvous
+
+
+class Counts(NamedTuple):
+    """What torch_xla has counted in this process: graphs compiled, graphs executed, reads by the host."""
+
+    compiles: int
+    executions: int
+    reads: int
 
 
 class Runtime:
@@ -177,6 +186,39 @@ class Runtime:
         """Return hits and misses of the persistent cache, and entries that could not be read."""
         names = ("Hit", "Miss", "DeserializeFailure")
         return {name: int(self._metrics.counter_value(f"PersistentCache{name}") or 0) for name in names}
+
+    @staticmethod
+    def counts() -> Counts:
+        """Return what was counted so far, after waiting for the device: an execution counts when it ends."""
+        import torch_xla.core.xla_model as xm
+        import torch_xla.debug.metrics as metrics
+
+        xm.wait_device_ops()
+        executions = [metrics.metric_data(name) for name in ("ExecuteTime", "ExecuteReplicatedTime")]
+        compiles = int(metrics.counter_value("UncachedCompile") or 0)
+        return Counts(compiles, sum(data[0] for data in executions if data), Runtime.reads())
+
+    @staticmethod
+    def reads() -> int:
+        """Return how often the host has read from the device."""
+        import torch_xla.debug.metrics as metrics
+
+        data = metrics.metric_data("TransferFromDeviceTime")
+        return int(data[0]) if data else 0
+
+    @staticmethod
+    def fallbacks() -> dict[str, int]:
+        """Return how often operations have run on the host, as XLA lacks them; questions for numbers are no such."""
+        import torch_xla.debug.metrics as metrics
+
+        names = [name for name in metrics.counter_names() if name.startswith("aten::")]
+        return {name: int(metrics.counter_value(name)) for name in names if name != "aten::_local_scalar_dense"}
+
+    @staticmethod
+    def in_use() -> bool:
+        """Whether this process has started the XLA runtime."""
+        private = getattr(sys.modules.get("torch_xla"), "_XLAC", None)
+        return private is not None and bool(private._xla_runtime_is_initialized())
 
     def name_lines(self, on: bool) -> None:
         """Let graphs remember the Python lines they come from; tracing takes half as long again."""

@@ -3,7 +3,8 @@
 A module of the gallery is a file with a class `Model`. Its faults are marked at their lines by ``# planted: ID``
 (several with commas; ``at no line`` behind it where there is none to name). `BATCH` (a SPEC of ``--batch``) or a
 function `loader` gives its data, unless the module has its own; `DEVICES`, `MEMORY`, `TARGETS` and `CHECKS` are
-passed on. Without `CHECKS` the checks of the common group run, all others cost seconds.
+passed on. Without `CHECKS` the checks of the common group run, all others cost seconds. Where a package is missing that
+a check needs, it must say so.
 
 The module is loaded here, as a child would load it, and the children are forks: each costs no import of torch.
 """
@@ -21,6 +22,7 @@ from xtrain.rehearsal.subject import Source, load_object, load_subject
 
 GALLERY = sorted((Path(__file__).parent / "gallery").glob("*.py"))
 COMMON = tuple(check.name for check in all_checks()[0] if check.group == "plain")
+LACKING = {check.name: check.needs.missing() for check in all_checks()[0] if check.needs.missing()}
 MARK = re.compile(r"# planted: ([\w, -]+?)( at no line)?$")
 
 
@@ -33,7 +35,7 @@ def planted(path):
 def test_there_are_clean_ones_and_each_id_of_the_cheap_checks_is_planted():
     marks = {path.stem: [id for id, _ in planted(path)] for path in GALLERY}
     assert sum(not ids for ids in marks.values()) >= 4
-    cheap = [check for check in all_checks()[0] if check.group in ("plain", "determinism")]
+    cheap = [check for check in all_checks()[0] if check.group in ("plain", "determinism", "tpu")]
     wanted = {id for check in cheap for id in check.ids} - {"XT-DATA-07"}
     assert wanted <= {id for ids in marks.values() for id in ids}
 
@@ -52,6 +54,12 @@ def test_what_is_planted_is_found_and_nothing_else(path, monkeypatch):
         checks=getattr(module, "CHECKS", COMMON),
     )
     report = rehearse(source, settings, load_subject(source))
+    if lacking := LACKING.keys() & set(settings.checks):
+        assert {skipped.check: skipped.reason for skipped in report.skipped} == {
+            name: LACKING[name] for name in lacking
+        }
+        assert all("pip install" in LACKING[name] for name in lacking)
+        return
     found = {(finding.id, finding.line) for finding in report.findings}
     loud = {(f.id, f.line) for f in report.findings if f.severity != "info"}
     assert expected <= found, str(report)

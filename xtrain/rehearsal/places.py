@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 _MADE_AT = "_made_at"
 PACKAGE = Path(__file__).resolve().parent.parent
+_OPTIMIZERS = os.path.join(os.path.dirname(torch.__file__), "optim")  # noqa: PTH118, PTH120
 _LIBRARIES = tuple(
     os.path.join(os.path.realpath(folder), "")  # noqa: PTH118  # a prefix of file names
     for folder in (
@@ -62,6 +63,23 @@ def current_place() -> Place:
     while frame is not None and not _is_outermost(frame.f_code.co_filename, frame.f_code.co_name):
         if is_users(frame.f_code.co_filename):
             return Place(os.path.realpath(frame.f_code.co_filename), frame.f_lineno)
+        frame = frame.f_back
+    return NOWHERE
+
+
+def direct_place(*watchers: str) -> Place:
+    """Return the innermost line of the user's code, unless xtrain or an optimizer of torch is what it called.
+
+    Args:
+        *watchers: files whose frames do not count: the one that asks, and what stands in for methods of torch.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if is_users(file):
+            return Place(os.path.realpath(file), frame.f_lineno)
+        if file.startswith((str(PACKAGE), str(PACKAGE.parent / "backends"), _OPTIMIZERS)) and file not in watchers:
+            return NOWHERE
         frame = frame.f_back
     return NOWHERE
 

@@ -1,4 +1,4 @@
-"""Batch statistics on eight processes."""
+"""Batch statistics on eight processes: one finding, at the first layer, for all of them."""
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ class Model(LightningModule):
         self.net = nn.Sequential(
             nn.Linear(4, 8),
             nn.BatchNorm1d(8),  # planted: XT-MODULE-01
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
             nn.Linear(8, 1),
         )
 

@@ -113,10 +113,11 @@ def _by_child(layers: dict[str, list[str]]) -> dict[str, list[str]]:
 
 def _batch_statistics(module: nn.Module, request: Request, severity: Severity) -> Iterator[Finding]:
     names = [n for n, layer in module.named_modules() if isinstance(layer, _BatchNorm) and _normalises_by_batch(layer)]
-    for name in names:
-        text = f"{name} normalises by the {'1/' + str(request.processes)} of the batch that its process has"
+    if names:  # one finding for all of them: one argument of the Trainer mends all
+        subject = f"{names[0]} normalises" if len(names) == 1 else f"{len(names)} layers ({_few(names)}) normalise"
+        text = f"{subject} by the 1/{request.processes} of the batch that each process has"
         fix = "Trainer(sync_batchnorm=True), or nn.GroupNorm"
-        yield Finding("XT-MODULE-01", text, fix, *place_of_layer(module, name), PROCESSES, severity)
+        yield Finding("XT-MODULE-01", text, fix, *place_of_layer(module, names[0]), PROCESSES, severity)
 
 
 def _normalises_by_batch(layer: _BatchNorm) -> bool:
@@ -125,12 +126,17 @@ def _normalises_by_batch(layer: _BatchNorm) -> bool:
 
 def _moving_buffers(module: nn.Module, watch: _Watch, request: Request, severity: Severity) -> Iterator[Finding]:
     statistics = {f"{n}." for n, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    by_place: dict[Place, list[str]] = {}
     for name in sorted(watch.moved):
         if not name.startswith(tuple(statistics)):
-            text = f"the buffer {name} changes in a step: each process sees its own batches, and rank 0's value is kept"
-            fix = "self.all_gather(update).mean(0) before it is added, or a value that does not depend on the batch"
-            place = place_of_layer(module, name.rpartition(".")[0] or name)
-            yield Finding("XT-MODULE-02", text, fix, *place, PROCESSES, severity)
+            by_place.setdefault(place_of_layer(module, name.rpartition(".")[0] or name), []).append(name)
+    for place, names in by_place.items():
+        subject = (
+            f"the buffer {names[0]} changes" if len(names) == 1 else f"{len(names)} buffers ({_few(names)}) change"
+        )
+        text = f"{subject} in a step: each process sees its own batches, and rank 0's value is kept"
+        fix = "self.all_gather(update).mean(0) before it is added, or a value that does not depend on the batch"
+        yield Finding("XT-MODULE-02", text, fix, *place, PROCESSES, severity)
 
 
 # ---------------------------------------------------------------- random numbers

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from xtrain.compat.backends import FALLBACK
 from xtrain.registry import registered_backends
 from xtrain.rehearsal.check import Check, Request, Yield
 from xtrain.rehearsal.findings import Figure, Finding, Severity
-from xtrain.rehearsal.places import NOWHERE, PACKAGE, Place, is_users
+from xtrain.rehearsal.places import NOWHERE, Place, direct_place
 
 _ATEN = torch.ops.aten
 _READS = {_ATEN._local_scalar_dense, _ATEN.equal, _ATEN.is_nonzero}
@@ -31,7 +29,6 @@ _SHAPES = {
 _INDEXING = {_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_}
 _HOST = torch.device("cpu")
 _COPIES = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__, Tensor.__format__}
-_OWN = (str(PACKAGE), str(PACKAGE.parent / "backends"), os.path.join(os.path.dirname(torch.__file__), "optim"))  # noqa: PTH118, PTH120
 
 _TEXTS = {
     "XT-SYNC-01": (
@@ -110,7 +107,7 @@ class _Watch(Callback):
 
     def note(self, id: str) -> None:
         """Note the user's line that runs now, if it is the one that waits."""
-        place = _waiting() if self._training else NOWHERE
+        place = direct_place(__file__) if self._training else NOWHERE
         if place.line:
             self.seen.append((self.steps, _Sync(id, place)))
 
@@ -171,16 +168,3 @@ def _classes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def _names_the_host(arguments: tuple[Any, ...]) -> bool:
     """Return whether ``"cpu"`` is written there; a device that is an object is that of another tensor, mostly."""
     return _HOST.type in [argument for argument in arguments if isinstance(argument, str)]
-
-
-def _waiting() -> Place:
-    """Return the innermost line of the user's code, unless xtrain or an optimizer of torch is what it called."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if is_users(file):
-            return Place(os.path.realpath(file), frame.f_lineno)
-        if file.startswith(_OWN) and file != __file__:
-            return NOWHERE
-        frame = frame.f_back  # type: ignore[assignment]
-    return NOWHERE
