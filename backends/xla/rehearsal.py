@@ -168,6 +168,9 @@ def _compiled_again(steps: list[TracedStep], subject: Subject) -> Iterator[Findi
             text = f"shapes change here ({change}): compiled again {times}"
             fix = "one shape in every step: padding, or a mask, x * (torch.arange(n, device=x.device) < k)"
             yield Finding("XT-GRAPH-01", text, fix, *place, _TPU, "info" if count == 1 else None)
+        elif kind == "order":
+            text = "torch orders a backward through a backward (create_graph=True) in more than one way"
+            yield Finding("XT-GRAPH-02", f"{text}: compiled again {times}", target=_TPU, severity="info")
         elif count > 2:
             text = f"the step goes another way from here on ({change}): compiled again {times}"
             fix = "as many operations in every step: for _ in range(longest), and torch.where for what is not wanted"

@@ -90,6 +90,11 @@ class TracedStep:
     reads: Counter[Read] = field(default_factory=Counter)
     counts: Counts = field(default=_NOTHING)
 
+    @property
+    def users(self) -> list[Operation]:
+        """The operations of the user's lines."""
+        return [operation for operation in self.operations if operation.place.line]
+
 
 class TooSlowError(BaseException):
     """The time is over, in the middle of a step; no ``except Exception`` of the user sees it."""
@@ -222,59 +227,72 @@ class Cause(NamedTuple):
     """Why a step was compiled.
 
     Attributes:
-        kind: the batch, a shape, a number, or other operations.
-        place: the user's line, nowhere for the batch.
+        kind: the batch, a shape, a number, other operations, or the same ones in another order.
+        place: the user's line, nowhere for the batch and the order.
         before: what it was, as text.
         now: what it is.
     """
 
-    kind: Literal["batch", "shape", "number", "way"]
+    kind: Literal["batch", "shape", "number", "way", "order"]
     place: Place
     before: str
     now: str
 
 
 def cause(steps: list[TracedStep], index: int) -> Cause | None:
-    """Return why step `index` had to be compiled, when earlier ones were; None if nothing in it is new."""
+    """Return why step `index` had to be compiled, when earlier ones were; None if nothing in it is new.
+
+    Operations of backwards and of optimizers follow from those of the user's lines: only these are compared.
+    """
     now, earlier = steps[index], steps[:index]
     if now.batch not in [step.batch for step in earlier]:
         return Cause("batch", NOWHERE, _batch(earlier[0].batch), _batch(now.batch))
     alike = [step for step in earlier if _kinds(step) == _kinds(now)]
     if not alike:
-        return _other_way(earlier[-1], now)
-    if any(step.operations == now.operations for step in alike):
-        return None
+        return _other_way(earlier[-1].users, now.users)
+    if any(step.users == now.users for step in alike):
+        return _other_order(alike, now)
     same = [step for step in alike if _shapes(step) == _shapes(now)]
-    if not same:
-        return _other_shape(alike[-1], now)
-    numbers = [(old, new) for old, new in zip(same[-1].operations, now.operations, strict=True)
-               if old.numbers != new.numbers and new.place.line]  # fmt: skip
-    for old, new in numbers:
-        if len(numbers) == 1 or _compiles(old, new):
-            before, after = next(pair for pair in zip(old.numbers, new.numbers, strict=True) if pair[0] != pair[1])
-            return Cause("number", new.place, f"{before:.6g}", f"{after:.6g}")
-    return None
+    return _other_number(same[-1], now) if same else _other_shape(alike[-1], now)
 
 
 def _kinds(step: TracedStep) -> list[Any]:
-    return [operation.kind for operation in step.operations]
+    return [operation.kind for operation in step.users]
 
 
 def _shapes(step: TracedStep) -> list[Any]:
-    return [operation.shapes for operation in step.operations]
+    return [operation.shapes for operation in step.users]
 
 
-def _other_way(old: TracedStep, now: TracedStep) -> Cause:
-    pairs = zip(old.operations, now.operations, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a.kind != b.kind), len(old.operations))
-    place = next((operation.place for operation in now.operations[same:] if operation.place.line), NOWHERE)
-    return Cause("way", place, f"{len(old.operations)} operations", f"{len(now.operations)} operations")
+def _other_order(earlier: list[TracedStep], now: TracedStep) -> Cause | None:
+    """Return that a backward had another order, unless it had that before: then the state of an optimizer is new."""
+    functions = [operation.function for operation in now.operations]
+    before = [[operation.function for operation in step.operations] for step in earlier]
+    if functions not in before and Counter(functions) in [Counter(others) for others in before]:
+        return Cause("order", NOWHERE, "", "")
+    return None
+
+
+def _other_number(old: TracedStep, now: TracedStep) -> Cause | None:
+    pairs = [(a, b) for a, b in zip(old.users, now.users, strict=True) if a.numbers != b.numbers]
+    for one, other in pairs:
+        if _compiles(one, other):  # alone, too: an optimizer's new state may be why
+            before, after = next(p for p in zip(one.numbers, other.numbers, strict=True) if p[0] != p[1])
+            return Cause("number", other.place, f"{before:.6g}", f"{after:.6g}")
+    return None
+
+
+def _other_way(old: list[Operation], now: list[Operation]) -> Cause:
+    pairs = zip(old, now, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a.kind != b.kind), min(len(old), len(now)))
+    place = next((operation.place for operation in [*now[same:], *old[same:]]), NOWHERE)
+    return Cause("way", place, f"{len(old)} operations", f"{len(now)} operations")
 
 
 def _other_shape(old: TracedStep, now: TracedStep) -> Cause | None:
-    for one, other in zip(old.operations, now.operations, strict=True):
+    for one, other in zip(old.users, now.users, strict=True):
         for before, after in zip(one.shapes, other.shapes, strict=True):
-            if before != after and other.place.line:
+            if before != after:
                 return Cause("shape", other.place, str(list(before.sizes)), str(list(after.sizes)))
     return None
 
