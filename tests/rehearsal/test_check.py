@@ -96,13 +96,12 @@ def test_json_is_one_object_of_schema_1_and_errors_exit_with_1(tmp_path):
 
 def test_ignored_ids_are_left_out_and_the_screen_shows_the_line(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.xtrain.check]\nignore = ["XT-PROTOCOL-03"]\n')
-    both = xtrain_check(f"{GALLERY / 'raw_backward.py'}:Model", "--batch", "8x4", cwd=tmp_path)
+    asked = (f"{GALLERY / 'raw_backward.py'}:Model", "--batch", "8x4", "--for", "processes")
+    both = xtrain_check(*asked, cwd=tmp_path)
     assert both.returncode == 1
     assert "> self.net(batch).square().mean().backward()" in both.stdout
     assert "not looked at: data: " in both.stdout
-    silent = xtrain_check(
-        f"{GALLERY / 'raw_backward.py'}:Model", "--batch", "8x4", "--ignore", "XT-PROTOCOL-02", cwd=tmp_path
-    )
+    silent = xtrain_check(*asked, "--ignore", "XT-PROTOCOL-02", cwd=tmp_path)
     assert (silent.returncode, "XT-PROTOCOL-02" in silent.stdout) == (0, False)
 
 
