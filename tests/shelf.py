@@ -48,6 +48,7 @@ class Repair(ModelCheckpoint):
 
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch == 2:
+            self._writing.join()
             Shelf.full = None
 
 

@@ -96,6 +96,29 @@ def test_an_existing_name_is_never_overwritten(tmp_path):
     assert names(tmp_path) == ["model-v1.ckpt", "model.ckpt"]
 
 
+def test_a_name_may_be_replaced(tmp_path):
+    for _ in range(2):
+        fit(tmp_path, saver=ModelCheckpoint(tmp_path, "m-{score:d}", enable_version_counter=False), epochs=3)
+    assert names(tmp_path) == ["m-score=2.ckpt"]
+
+
+def test_weights_alone_are_no_training_to_go_on_with(tmp_path):
+    first, run = fit(tmp_path, saver=ModelCheckpoint(tmp_path, save_weights_only=True), epochs=1)
+    with pytest.raises(CheckpointError) as caught:
+        fit(tmp_path, ckpt_path="last")
+    says(caught.value, "saved with weights alone", "load=('module',)")
+    again = trainer(max_epochs=0)
+    again.fit(module := Scored(), loader(), ckpt_path=run.checkpoint_callback.best_model_path, load=("module",))
+    assert torch.equal(module.net.weight, first.net.weight)
+
+
+@pytest.mark.parametrize("path", [3, ""])
+def test_what_is_no_path(path, tmp_path):
+    with pytest.raises(ConfigurationError) as caught:
+        fit(tmp_path, ckpt_path=path)
+    says(caught.value, "a path, or a URL, as text")
+
+
 def test_nothing_is_written_that_nobody_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer().fit(Scored(), loader())
@@ -125,6 +148,10 @@ def test_in_the_background_the_same_is_written(tmp_path):
         {"save_top_k": 2},
         {"every_n_epochs": -1},
         {"every_n_train_steps": 1.5},
+        {"train_time_interval": 30},
+        {"filename": 3},
+        {"filename": "{score:q}"},
+        {"save_last": "yes"},
     ],
 )
 def test_arguments_that_mean_nothing(options):

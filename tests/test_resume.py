@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import rows
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from xtrain import CheckpointError, LightningModule, ModelCheckpoint, Trainer, seed_everything
 from xtrain.testing.ranks import Ranks
@@ -117,6 +117,96 @@ def test_three_generations_are_one_run(tmp_path, precision):
         assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
     assert trainer.callback_metrics == reference.callback_metrics
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+def seen_in(folder, loader, *stops):
+    """What several runs saw that went on where the one before was stopped."""
+    seen = []
+    for stop in stops:
+        seed_everything(4)
+        np.random.seed(4)
+        saver, module = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1), Pair()
+        trainer = Trainer(max_steps=stop, callbacks=[saver], enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(module, loader(), ckpt_path="last")
+        seen += module.seen
+    return seen
+
+
+def test_random_numbers_of_loader_workers(tmp_path, caplog):
+    """The same after the end of an epoch; in the middle of one it is told that they are others until its end."""
+
+    def loader():
+        return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=2)
+
+    whole = seen_in(tmp_path / "whole", loader, 14)
+    assert seen_in(tmp_path / "end", loader, 7, 14) == whole
+    assert "loader workers" not in caplog.text
+    inside = seen_in(tmp_path / "inside", loader, 3, 14)
+    assert "after 3 batches of an epoch" in caplog.text
+    assert "begin anew for the rest of this epoch" in caplog.text
+    same_ones = [ours == theirs for ours, theirs in zip(inside, whole, strict=True)]
+    assert same_ones == [True] * 3 + [False] * 4 + [True] * 7
+    plain = seen_in(tmp_path / "plain", lambda: DataLoader(rows(26), 4, shuffle=True, num_workers=2), 10)
+    assert seen_in(tmp_path / "skip", lambda: DataLoader(rows(26), 4, shuffle=True, num_workers=2), 3, 10) == plain
+
+
+class Stream(IterableDataset):
+    """Numbers with noise, and where it is; says so, and counts what it had to read."""
+
+    read = 0
+
+    def __init__(self):
+        self.at, self.generator = 0, torch.Generator().manual_seed(1)
+
+    def __iter__(self):
+        self.at %= 14  # a loader with a length is not read beyond it
+        while self.at < 14:
+            self.at, Stream.read = self.at + 1, Stream.read + 1
+            yield torch.randn(3, generator=self.generator) + torch.randn(3)
+
+    def state_dict(self):
+        return {"at": self.at, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+        self.generator.set_state(state["generator"])
+
+
+class Batches:
+    """A loader with a length and a position of its own."""
+
+    def __init__(self):
+        self.stream = Stream()
+
+    def __len__(self):
+        return 7
+
+    def __iter__(self):
+        rest = iter(self.stream)
+        for first in rest:
+            yield torch.stack([first, next(rest)])
+
+    def state_dict(self):
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state):
+        self.stream.load_state_dict(state)
+
+
+@pytest.mark.parametrize("loader", [lambda: DataLoader(Stream(), 2), Batches], ids=["dataset", "loader"])
+def test_what_keeps_its_own_position_is_asked_for_it(tmp_path, monkeypatch, loader):
+    monkeypatch.setattr(Stream, "read", 0)
+    whole, count = seen_in(tmp_path / "whole", loader, 12), Stream.read
+    assert seen_in(tmp_path / "parts", loader, 3, 7, 9, 12) == whole
+    assert Stream.read <= 2 * count + 3 * 2  # nothing is read again but what a run read ahead
+
+
+def test_a_dataset_that_keeps_its_position_in_workers_is_read_from_its_beginning(tmp_path):
+    def loader():
+        return DataLoader(Stream(), 2, num_workers=1)
+
+    whole = seen_in(tmp_path / "whole", loader, 7)
+    assert seen_in(tmp_path / "parts", loader, 3, 7) == whole
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])

@@ -216,7 +216,8 @@ def _tell(training: Training, folder: Path, chance: random.Random, counts: Count
     if digest(training.output.read_text()) is not None:
         counts["ended before the strike"] += 1
         return
-    if status == -number and not any(folder.glob("*.ckpt")):
+    alone = f"was killed by {signal.Signals(number).name}" in training.output.read_text()  # one of several processes
+    if (status == -number or alone) and not any(folder.glob("*.ckpt")):
         counts["outside of the fit"] += 1  # the interpreter starts or ends: nothing is lost, nothing handles it
         return
     counts["signal"] += 1

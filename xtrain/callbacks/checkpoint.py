@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 import warnings
-from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from xtrain.callbacks.base import Callback
 from xtrain.checkpoint.format import is_checkpoint
+from xtrain.checkpoint.naming import DEFAULT, fields_of, formatted, free
 from xtrain.checkpoint.places import SUFFIX, place
 from xtrain.checkpoint.stores import store_of
 from xtrain.errors import CheckpointError, ConfigurationError, explain
 
 if TYPE_CHECKING:
-    from xtrain.checkpoint.places import Place
     from xtrain.module import LightningModule
     from xtrain.trainer import Trainer
 
 FOLDER = "checkpoints"
 LAST = "last"
-_FIELD = r"\{([^{}:]+)(:[^{}]*)?\}"  # of a filename: name, and how to write it
 
 
 class ModelCheckpoint(Callback):
@@ -85,9 +82,11 @@ class ModelCheckpoint(Callback):
         _check("mode 'min' or 'max'", mode in ("min", "max"), mode, "mode='min'")
         fine = isinstance(save_top_k, int) and save_top_k >= -1
         _check("save_top_k of at least -1", fine, save_top_k, "save_top_k=3")
-        for flag, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
-            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-            _check(f"{flag} as an int of at least 0", good, value, f"{flag}=100")
+        _check_times(every_n_train_steps, every_n_epochs, train_time_interval)
+        link = save_last in (None, True, False, "link")
+        _check("save_last as True, False or 'link'", link, save_last, "save_last=True")
+        _check("a filename as text", isinstance(filename, str | None), filename, "filename='{epoch}-{step}'")
+        formatted(filename or DEFAULT, {}, auto_insert_metric_name)
         watched = monitor is not None or save_top_k < 2
         _check("a monitor for save_top_k above 1", watched, f"save_top_k={save_top_k}", "save_top_k=-1")
         timed = every_n_train_steps or train_time_interval is not None
@@ -98,7 +97,7 @@ class ModelCheckpoint(Callback):
         self.every_n_epochs = every_n_epochs if every_n_epochs is not None else int(not timed)
         self.save_on_exception, self.background, self._counter = save_on_exception, background, enable_version_counter
         self._insert, self._at_epoch_end, self._validated = auto_insert_metric_name, save_on_train_epoch_end, False
-        self.dirpath = "" if dirpath is None else os.fspath(dirpath)
+        self.dirpath = "" if dirpath is None else str(place(dirpath))
         self.best_model_path = self.last_model_path = ""
         self.best_model_score: float | None = None
         self.best_k_models: dict[str, float] = {}
@@ -210,7 +209,7 @@ class ModelCheckpoint(Callback):
         """Save a run that is told to end, whatever the monitor says; returns the path."""
         self.wait()
         name = f"preempted-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        path = _free(trainer, self.dirpath, name)
+        path = free(trainer, self.dirpath, name)
         self._coming = (str(path), None)
         trainer._write_checkpoint(path, False, False, False)
         return str(path)
@@ -223,19 +222,11 @@ class ModelCheckpoint(Callback):
         Args:
             metrics: values by name, ``epoch`` and ``step`` among them; what is missing is 0.
         """
-        template = self.filename or "{epoch}-{step}"
-
-        def insert(found: re.Match[str]) -> str:
-            name, spec = found[1], found[2] or ""
-            value = metrics.get(name, 0)
-            text = format(float(value) if spec.endswith(("f", "e", "g")) else value, spec.removeprefix(":"))
-            return f"{name}={text}" if self._insert else text
-
-        return re.sub(_FIELD, insert, template).replace("/", "_")
+        return formatted(self.filename or DEFAULT, metrics, self._insert)
 
     def _named(self, trainer: Trainer) -> dict[str, Any]:
         """Return what the name may have in it; a metric is only read if the name has it: that waits for the device."""
-        fields = {found[1] for found in re.finditer(_FIELD, self.filename or "")}
+        fields = fields_of(self.filename or DEFAULT)
         metrics = trainer.callback_metrics if fields - {"epoch", "step"} else {}
         values = {name: float(value) for name, value in metrics.items()}
         return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -245,7 +236,7 @@ class ModelCheckpoint(Callback):
         score = None if exception else self._score(trainer)
         if not exception and not self._is_wanted(score) and not self.save_last:
             return
-        path = _free(trainer, self.dirpath, f"{name}{SUFFIX}", self._counter)
+        path = free(trainer, self.dirpath, f"{name}{SUFFIX}", self._counter)
         rank = float(trainer.global_step) if score is None else score  # without a monitor the newest is best
         self._coming = (str(path), rank if self.save_top_k else None)
         try:
@@ -343,11 +334,10 @@ def _check(expected: str, holds: bool, received: Any, fix: str) -> None:
         raise ConfigurationError(explain(expected, repr(received), f"ModelCheckpoint({fix})"))
 
 
-def _free(trainer: Trainer, folder: str, name: str, counts: bool = True) -> Place:
-    """Return the path of `name` in `folder`, or if there is something and it `counts` the first free name after it."""
-    path = place(folder) / name
-    store, number, stem = store_of(path), 1, path.stem
-    with suppress(OSError):  # it will be told when that is written to
-        while counts and trainer.is_global_zero and store.taken(path):
-            path, number = path.with_name(f"{stem}-v{number}{path.suffix}"), number + 1
-    return place(trainer.broadcast(str(path)))
+def _check_times(steps: Any, epochs: Any, interval: Any) -> None:
+    """Check the arguments that say when to save."""
+    for flag, value in (("every_n_train_steps", steps), ("every_n_epochs", epochs)):
+        good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+        _check(f"{flag} as an int of at least 0", good, value, f"{flag}=100")
+    timed = interval is None or isinstance(interval, timedelta)
+    _check("train_time_interval as a timedelta", timed, interval, "train_time_interval=timedelta(minutes=30)")

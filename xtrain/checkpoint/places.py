@@ -153,10 +153,12 @@ def place(path: str | os.PathLike[str] | Remote) -> Place:
     """Return `path` as what it is: a path of this machine, or a URL.
 
     Raises:
-        ConfigurationError: for a URL that was a `pathlib.Path` before, which loses a slash.
+        ConfigurationError: for what is no path, or a URL that was a `pathlib.Path` before, which loses a slash.
     """
     if isinstance(path, Remote):
         return path
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ConfigurationError(explain("a path, or a URL, as text", repr(path), "'runs/gan' or 's3://bucket/gan'"))
     text = os.fspath(path)
     protocol, mark, rest = text.partition("://")
     if mark and protocol in ("file", "local"):

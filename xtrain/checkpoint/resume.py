@@ -15,7 +15,7 @@ from xtrain.checkpoint.generators import restore_generators
 from xtrain.checkpoint.state import savers
 from xtrain.checkpoint.weights import load_weights, with_masters
 from xtrain.contract import Phase
-from xtrain.data.position import batches_done, restore_own_generators, stateful
+from xtrain.data.position import batches_done, is_read_by_workers, restore_own_generators, stateful
 from xtrain.data.sharding import set_seeds
 from xtrain.errors import CheckpointError, ConfigurationError, explain
 from xtrain.metrics.state import load_metric_state
@@ -25,6 +25,13 @@ logger = logging.getLogger("xtrain")
 
 PARTS = ("module", "optimizers", "schedulers", "callbacks", "data")
 """What can be loaded apart: weights; optimizers and loss scale; schedules; callbacks; counters, data and metrics."""
+
+_WEIGHTS = "trainer.fit(model, ckpt_path='...', load=('module',)), which begins anew with these weights"
+_IN_WORKERS = (
+    "The run goes on after %d batches of an epoch: its samples are the same ones, but random numbers that are drawn in "
+    "loader workers (augmentation) begin anew for the rest of this epoch. Fix:  ModelCheckpoint(every_n_epochs=1), "
+    "num_workers=0, or numbers from torch.Generator().manual_seed(index) in __getitem__."
+)
 
 
 def check_parts(load: Any) -> tuple[str, ...] | None:
@@ -68,6 +75,9 @@ class Resumption:
     def load_module(self) -> None:
         """Call the hooks, load the weights, and tell callbacks, loggers and DataModule."""
         run, checkpoint = self._run, self.checkpoint
+        if run.stage == "fit" and "progress" not in checkpoint and self._load != ("module",):
+            received = f"{self._loaded.path}, which was saved with weights alone"
+            raise CheckpointError(explain("a checkpoint with the state of a training", received, _WEIGHTS))
         for _, hook in savers(run, "on_load_checkpoint"):
             hook(checkpoint)
         if self._wants("module"):
@@ -108,6 +118,8 @@ class Resumption:
                 position = checkpoint["data"] | {"batches": progress.done}
                 progress.done = batches_done(position, run.plan.loader, run.trainer.world_size)
                 self._check_order(position)
+                if is_read_by_workers(run.plan.loader):
+                    logger.warning(_IN_WORKERS, progress.done)
         if self._left_out:
             logger.warning("Not loaded from %s: %s.", self._loaded.path, "; ".join(self._left_out))
 
@@ -208,6 +220,7 @@ class Resumption:
             load_metric_state(run.metrics, run.module, states, run.trainer.world_size)
         self._load_buffers()
         if not run.trainer.progress.done:
+            self.load_position()
             self.ready()
         elif self._own is not None and self._own["epoch_generators"] is not None:
             restore_generators(self._own["epoch_generators"])  # the order is drawn as it was
@@ -241,9 +254,9 @@ class Resumption:
         return True
 
     def ready(self) -> None:
-        """Set the generators as they were when the checkpoint was written."""
+        """Set the generators as they were when the checkpoint was written, or before what was read ahead then."""
         if self._own is not None:
-            restore_generators(self._own["generators"])
+            restore_generators(self._own.get("ahead_generators") or self._own["generators"])
             restore_own_generators(self._run.plan.loader, self._own["loader_generators_now"])
             return
         if not self._loaded.ranks:
@@ -254,6 +267,11 @@ class Resumption:
         torch.manual_seed((seeds[0] * 1_000_003 + trainer.global_step * 10_007 + trainer.global_rank) % 2**62)
         text = "%d processes go on where %d left off: torch's random numbers are new ones, by step and rank."
         logger.info(text, trainer.world_size, len(self._loaded.ranks))
+
+    def read_ahead(self) -> None:
+        """Set the generators again: the batch that had been read ahead when the checkpoint was written is read."""
+        if self._own is not None:
+            restore_generators(self._own["generators"])
 
     def _check_order(self, position: Mapping[str, Any]) -> None:
         if position["world_size"] == self._run.trainer.world_size or position["portable"]:

@@ -155,14 +155,28 @@ class Writing:
 
     def _await_notes(self, count: int) -> list[tuple[str, dict[str, Facts]]]:
         notes = [self._folder / f"part-{rank:05d}.json" for rank in range(count)]
-        while missing := [note for note in notes if not note.exists()]:
-            if time.monotonic() > self.limit:
-                return [(explain("the files of all ranks", f"none of {missing[0].stem}, which may have ended"), {})]
-            time.sleep(store_of(self._folder).pause)
-        parts = [tuple(json.loads(note.read_text(encoding="utf-8"))) for note in notes]
-        for note in notes:
-            note.unlink()
+        parts: list[tuple[str, dict[str, Facts]]] = []
+        while len(parts) < count:
+            note = _read_note(notes[len(parts)])
+            if note is not None:
+                parts.append(note)
+            elif time.monotonic() > self.limit:
+                received = f"none of {notes[len(parts)].stem}, which may have ended"
+                return [(explain("the files of all ranks", received), {})]
+            else:
+                time.sleep(store_of(self._folder).pause)
+        for note_file in notes:
+            note_file.unlink()
         return parts
+
+
+def _read_note(note: Place) -> tuple[str, dict[str, Facts]] | None:
+    """Return what a rank has written; None before it is there, in some file systems a part at a time."""
+    try:
+        problem, facts = json.loads(note.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return problem, facts
 
 
 class Background(threading.Thread):

@@ -18,7 +18,7 @@ from xtrain.checkpoint.generators import plain_generators, read_generators
 from xtrain.checkpoint.parts import Part
 from xtrain.checkpoint.plain import check_readable
 from xtrain.contract import Phase
-from xtrain.data.position import Remembering, own_generators, samples_per_batch, stateful
+from xtrain.data.position import own_generators, samples_per_batch, stateful
 from xtrain.data.sharding import order_is_portable, seeds_of
 from xtrain.errors import CheckpointError, ProtocolError, explain
 from xtrain.hparams import plain_containers
@@ -133,16 +133,15 @@ def _own(run: Run) -> dict[str, Any]:
     """Return what this rank alone has."""
     loader = run.plan.loader
     source = stateful(loader)
-    if isinstance(run.plan.remembering, Remembering):
-        position = run.plan.remembering.state
-    else:
-        position = None if source is None else source.state_dict()
+    ahead = run.plan.remembering if run.trainer.progress.made else None  # at the end of an epoch nothing is read ahead
+    state_now = None if source is None else source.state_dict()
     state: dict[str, Any] = {
         "generators": plain_generators(read_generators()),
         "epoch_generators": None if run.plan.drawn_with is None else plain_generators(run.plan.drawn_with[0]),
         "loader_generators": {} if run.plan.drawn_with is None else run.plan.drawn_with[1],
         "loader_generators_now": own_generators(loader),
-        "loader": position,
+        "loader": state_now if ahead is None else ahead.state,
+        "ahead_generators": None if ahead is None or ahead.generators is None else plain_generators(ahead.generators),
         "backend": run.backend.state_dict(),
         "metrics": metric_state(run.metrics, run.module) if run.active else None,
     }

@@ -75,10 +75,11 @@ class CheckpointVerbs(TrainerState):
             if ckpt_path is None:
                 return None
             savers = self.checkpoint_callbacks
+            wanted = ckpt_path if ckpt_path in ("last", "best") else place(ckpt_path)
             usual = place(self.default_root_dir) / FOLDER
             folders = [place(c.given_dirpath or usual) for c in savers] or [usual]
             best = [c.best_model_path for c in savers]
-            source = agreed(lambda: find(ckpt_path, folders, best), run)
+            source = agreed(lambda: find(wanted, folders, best), run)
             if source is None:
                 return None
             resumption = Resumption(run, read_checkpoint(source, weights_only), parts)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from xtrain.checkpoint.generators import read_generators
 from xtrain.data.batches import END
 from xtrain.data.combined import TogetherLoader
 from xtrain.data.sharding import rebuilt
@@ -122,21 +123,37 @@ def _keeps_state(item: Any) -> bool:
 
 
 class Remembering:
-    """A loader that keeps its own position, read one batch ahead: remembers where it was before that.
+    """A loader that is read one batch ahead: remembers where it was before that, and the random generators.
 
     Args:
         loader: what is iterated over.
-        source: what has the state.
+        source: what has the state; None if nothing has.
+        read: called when the first batch has been read.
+
+    Attributes:
+        state: of `source`.
+        generators: as `xtrain.checkpoint.generators.read_generators` gives them.
     """
 
-    def __init__(self, loader: Any, source: Any) -> None:
-        self._loader, self._source = loader, source
+    def __init__(self, loader: Any, source: Any, read: Notify | None = None) -> None:
+        self._loader, self._source, self._read = loader, source, read
         self.state: Any = None
+        self.generators: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
+            if self._read is not None:
+                self._read()
+                self._read = None
             yield batch
-            self.state = self._source.state_dict()
+            self.state = None if self._source is None else self._source.state_dict()
+            self.generators = read_generators()
+
+
+def is_read_by_workers(loader: Any) -> bool:
+    """Return whether processes of their own read items that a run may skip: their random numbers are not skipped."""
+    parts = loader.combined.flattened if isinstance(loader, TogetherLoader) else [loader]
+    return any(_indexed(part) and part.num_workers > 0 and not _keeps_state(part) for part in parts)
 
 
 def is_used_up(loader: Any) -> bool:

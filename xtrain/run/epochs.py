@@ -34,7 +34,7 @@ class FitPlan:
         uneven: see ``Trainer(uneven_batches=...)``.
         again: asks for the loaders again.
         drawn_with: the random generators when the order of the epoch was drawn: the global ones, the loader's.
-        remembering: what knows where a loader was that is read ahead and keeps its own position.
+        remembering: what knows where a loader was that is read ahead, and the random generators.
     """
 
     loader: Any = None
@@ -84,6 +84,9 @@ class FitPlan:
             else:
                 size = size_of(self.loader) if self.uneven == "finish" else None  # its last batch will be repeated
                 batches = starting_at(batches, done if size is None else min(done, size - 1), resumption.ready)
-        source = None if self.sized else stateful(self.loader)
-        self.remembering = None if source is None else Remembering(batches, source)
-        return batches if self.remembering is None else self.remembering
+        if self.sized:
+            self.remembering = None
+            return batches
+        read = None if resumption is None else resumption.read_ahead
+        self.remembering = Remembering(batches, stateful(self.loader), read)
+        return self.remembering
