@@ -19,6 +19,7 @@ from xtrain.errors import ConfigurationError, ProtocolError, explain
 from xtrain.launch.join import current_launch
 from xtrain.layouts import Layout
 from xtrain.memory import Memory, memory_of
+from xtrain.on_cpu import OnCPU
 from xtrain.tensors import move_module
 
 from ..eager.process_group import join_processes, random_stream
@@ -67,6 +68,7 @@ class DeepSpeed(ScalingBackend):
         multi_process=True,
     )
     rules = RULES
+    on_cpu = OnCPU({"DS_ACCELERATOR": "cpu"})
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from xtrain.errors import ConfigurationError, explain
 from xtrain.launch.join import current_launch
 from xtrain.layouts import Layout
 from xtrain.memory import Memory, memory_of
+from xtrain.on_cpu import OnCPU
 from xtrain.scaler import LossScaler
 from xtrain.tensors import map_tensors
 
@@ -74,6 +75,7 @@ class FSDP(EagerBackend):
         inference_mode=False,  # whole parameters are made once, and those made there could never train
     )
     rules = RULES
+    on_cpu = OnCPU(options={"device": "cpu"})
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from xtrain.collectives import Collectives
 from xtrain.contract import Backend, Capabilities, OptimizerHandle, Phase
 from xtrain.errors import ConfigurationError, explain
 from xtrain.memory import Memory, memory_of
+from xtrain.on_cpu import OnCPU
 from xtrain.tensors import map_tensors, tensors_in
 
 from . import watch as watch
@@ -71,6 +72,7 @@ class XLA(Backend):
         multi_process=True,
         inference_mode=False,  # its tensors cannot be traced
     )
+    on_cpu = OnCPU({"PJRT_DEVICE": "CPU"})
     first_step = "compiling the first graph, about a minute"
 
     _runtime: Runtime

@@ -107,6 +107,13 @@ _GUARDED = {
 assert all(part in text for part, text in zip(_GUARDED, (UNSEEN, RAW_STEP, EDITED), strict=True))
 
 
+def is_told(text: str, request: Request) -> bool:
+    """Return whether this check has told what a `ProtocolError` says that only one process in fp32 allows."""
+    scaled = {name for name in PRECISIONS if name.startswith("16")}
+    looked = request.targets & {*scaled, PROCESSES} or request.devices
+    return bool(looked) and any(part in text for part in _GUARDED)
+
+
 def _lost(error: ProtocolError, target: str) -> Finding:
     """Return the finding for what only one process in fp32 allows."""
     id = next((id for part, id in _GUARDED.items() if part in str(error)), "XT-PROTOCOL-01")
