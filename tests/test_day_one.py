@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import UserDict
 from importlib import import_module
@@ -193,9 +194,13 @@ def test_bars_of_tqdm_may_be_replaced(capsys):
             return tqdm(disable=True)
 
     bar = Changed(refresh_rate=1, leave=True, refresh_seconds=0.0)
+    assert bar.trainer is None
     assert (bar.refresh_rate, bar.is_enabled, bar.is_disabled) == (1, True, False)
     options = {"max_epochs": 1, "log_every_n_steps": 1, "enable_model_summary": False, "backend": "cpu"}
-    Trainer(callbacks=bar, **options).fit(Validated(), loader(3), loader(2))
+    trainer = Trainer(callbacks=bar, **options)
+    trainer.fit(Validated(), loader(3), loader(2))
+    assert bar.trainer is trainer
+    assert copy.copy(bar).trainer is None  # a copy is free of the run
     shown = capsys.readouterr().err
     assert "Epoch 1/1: 3/3" in shown
     assert "Validation" not in shown
@@ -298,3 +303,9 @@ def test_momentum_of_an_optimizer_without_one_is_told(tmp_path):
         trainer.fit(Plain(), loader(3))
     assert monitor.lrs == {"lr-Adagrad": [0.01, 0.01]}
     assert trainer.num_sanity_val_batches == []
+
+
+def test_devices_are_known_before_a_run():
+    asked = Trainer("cpu", devices=2)
+    assert (asked.num_devices, asked.device_ids, asked.num_nodes) == (2, [0, 1], 1)
+    assert (Trainer("cpu").num_devices, Trainer("cpu").num_nodes) == (1, 1)

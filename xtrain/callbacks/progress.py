@@ -63,6 +63,10 @@ class ProgressBar(Callback):
         self._bars: list[Any] = []  # the last one is drawn: validation runs inside of an epoch
         self._waited: set[str] = set()  # titles whose first step has been waited for
         self._wanted: dict[str, Any] = {}  # what the next bar of tqdm is made with
+        self._trainer: Trainer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None}
 
     # ---------------------------------------------------------------- what users change
 
@@ -83,6 +87,7 @@ class ProgressBar(Callback):
 
     init_sanity_tqdm = init_validation_tqdm = init_test_tqdm = init_predict_tqdm = init_train_tqdm
 
+    trainer = property(lambda self: self._trainer, doc="The Trainer of the current or last run, None before the first.")
     refresh_rate = property(lambda self: self._rate, doc="Batches between two looks at the clock.")
     is_enabled = property(lambda self: self._enabled and self._rate > 0, doc="Whether it shows anything.")
     is_disabled = property(lambda self: not self.is_enabled, doc="Whether it shows nothing.")
@@ -114,7 +119,7 @@ class ProgressBar(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Find out whether this process shows anything."""
-        self._fitting, self._waited = stage == "fit", set()
+        self._trainer, self._fitting, self._waited = trainer, stage == "fit", set()
         # pythonw and some services have no stderr
         self._shown = self._enabled and trainer.is_global_zero and self._rate > 0 and sys.stderr is not None
 

@@ -121,13 +121,14 @@ class LightningAttributes:
 
     @property
     def device_ids(self: Any) -> list[int]:
-        """Their numbers."""
-        return list(range(current_launch().local_world_size or self.world_size))
+        """Their numbers; before a run, as many as were asked for."""
+        asked = 1 if self.run is not None else self.backend.devices or 1
+        return list(range(current_launch().local_world_size or max(self.world_size, asked)))
 
     @property
     def num_nodes(self: Any) -> int:
         """Hosts that take part."""
-        return int(self.world_size // self.num_devices)
+        return max(int(self.world_size // self.num_devices), 1)
 
     @property
     def node_rank(self: Any) -> int:
