@@ -14,6 +14,7 @@ class OnCPU:
     Attributes:
         variables: of the environment, set before the backend's packages are imported.
         options: of the backend.
+        told_by: id of the finding by which a check of the backend tells that a step ends with an error there.
 
     Example:
         >>> OnCPU(options={"device": "cpu"}).variables
@@ -22,3 +23,4 @@ class OnCPU:
 
     variables: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    told_by: str = ""

@@ -72,7 +72,7 @@ class XLA(Backend):
         multi_process=True,
         inference_mode=False,  # its tensors cannot be traced
     )
-    on_cpu = OnCPU({"PJRT_DEVICE": "CPU"})
+    on_cpu = OnCPU({"PJRT_DEVICE": "CPU"}, told_by="XT-GRAPH-05")
     first_step = "compiling the first graph, about a minute"
 
     _runtime: Runtime

@@ -92,6 +92,7 @@ class _Told:
     id: str
     target: str
     where: str
+    elsewhere: str = ""  # id of the finding by which another check tells an error
 
 
 class _Comparison:
@@ -192,17 +193,16 @@ class _Comparison:
         for name in sorted(names.values()):
             if places[name] == places[FALLBACK]:
                 continue
-            told = _Told("XT-AGREE-01", name, f"on {name}")
             try:
-                how = getattr(get_backend_class(name), "on_cpu", None)
+                how: OnCPU = getattr(get_backend_class(name), "on_cpu", OnCPU())
             except XTrainError as error:
                 yield Skipped(f"agreement: {name}", " ".join(str(error).split()))
                 continue
+            told = _Told("XT-AGREE-01", name, f"on {name}", how.told_by)
             yield from self._compared(told, self._trained(self._on(name, how)), PRECISIONS[WHOLE])
 
-    def _on(self, name: str, how: OnCPU | None) -> Training:
+    def _on(self, name: str, how: OnCPU) -> Training:
         assert self.whole is not None
-        how = how or OnCPU()
         options = {"backend": name, "backend_options": dict(how.options) or None}
         return self._make(source=self.whole.draws, variables=how.variables, options=options)
 
@@ -298,6 +298,8 @@ class _Comparison:
     # ---------------------------------------------------------------- what does not train
 
     def _raised(self, told: _Told, raised: Finding) -> Yield:
+        if told.elsewhere:
+            return Skipped(f"agreement: {told.target}", f"the training ends with an error there ({told.elsewhere})")
         text = f"{told.where} this ends the training, and on {FALLBACK} in {WHOLE} it does not: {raised.message}"
         severity: Severity | None = "error" if self._explicit else None
         return Finding(told.id, text, raised.fix, raised.file, raised.line, told.target, severity)
