@@ -18,6 +18,8 @@ from xtrain.collectives import HEADER, Collectives, ReduceOp
 from xtrain.launch.join import current_launch, join, raise_failure
 from xtrain.launch.stores import STORES
 
+from .settle import let_threads_settle
+
 T = TypeVar("T")
 
 _OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -185,8 +187,9 @@ def join_processes(
             dist.init_process_group(group, store=STORES.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             return Collectives()
-        # A group that outlives the interpreter now and then aborts it: its threads still hold tensors.
         atexit.register(_leave)
+    atexit.unregister(let_threads_settle)  # once, whoever made the group, and however many runs there are
+    atexit.register(let_threads_settle)
     if dist.get_world_size() == 1 and not always:
         return Collectives()
     return TorchCollectives(device, current_launch().local_rank)

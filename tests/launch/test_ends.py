@@ -265,3 +265,25 @@ def test_the_processes_of_a_cluster_train_together(name, tmp_path):
         assert process.returncode == 0, said
         assert f"rank {rank} of 2 logs to version_0" in said
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+
+
+# ---------------------------------------------------------------- a training that went well
+
+LAST_MOMENT = """
+import sys, time
+import torch, torch.distributed as dist
+from xtrain import Trainer
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # nobody destroys it
+Trainer("fsdp").backend.launch()
+sys.setswitchinterval(100)
+dist.all_gather([torch.empty(100)], torch.ones(100), async_op=True)
+end = time.monotonic() + 1
+while time.monotonic() < end:  # the thread of gloo has finished, and waits for the interpreter to drop the tensors
+    pass
+"""
+
+
+def test_threads_of_a_group_that_outlives_the_run_do_not_abort_the_interpreter():
+    done = subprocess.run([sys.executable, "-c", LAST_MOMENT], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
