@@ -41,6 +41,7 @@ _INSTEAD = {
     "vdot": "(a * b).sum()",
     "nansum": "torch.where(x.isnan(), 0, x).sum()",
     "im2col": "x.unfold(2, size, step).unfold(3, size, step)",
+    "repeat_interleave": "x.repeat_interleave(2, dim=0), with a number, or x[index]",
     "median": "torch.sort(x)[0][len(x) // 2]",
 }
 
@@ -142,16 +143,18 @@ def _found(steps: list[TracedStep], subject: Subject) -> Iterator[Yield]:
     yield Figure("graphs.reads_per_step", sum(step.counts.reads for step in later) / len(later))
     lacking = sum(count for step in later for read, count in step.reads.items() if _is_fallback(read))
     yield Figure("graphs.fallbacks_per_step", lacking / len(later))
-    yield from _compiled_again(steps, subject)
+    # What the host computes has the shape that comes out, and needs one finding only.
+    computed = {read.place for step in steps for read in step.reads if _is_fallback(read)}
+    yield from _compiled_again(steps, subject, computed)
     yield from _reads(later)
 
 
-def _compiled_again(steps: list[TracedStep], subject: Subject) -> Iterator[Finding]:
+def _compiled_again(steps: list[TracedStep], subject: Subject, computed: set[Place]) -> Iterator[Finding]:
     """Yield one finding for each line that makes new graphs."""
     causes: dict[tuple[str, Place], list[Cause]] = {}
     for index, step in enumerate(steps):
         found = cause(steps, index) if index >= _WARM_UP and step.counts.compiles else None
-        if found is not None:
+        if found is not None and not (found.kind == "shape" and found.place in computed):
             causes.setdefault((found.kind, found.place), []).append(found)
     for (kind, place), several in causes.items():
         count, first = len(several), several[0]

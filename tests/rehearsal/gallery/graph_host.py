@@ -1,4 +1,4 @@
-"""A value that is read in the middle of a step, operations that XLA lacks, forward and backward, a growing loop."""
+"""A value that is read within a step, operations that XLA lacks (of lgamma the backward, too), a growing loop."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from xtrain import LightningModule
 
 BATCH = "8x4"
-CHECKS = ("graphs",)
+CHECKS, LOUD = ("graphs",), True
 
 
 class Model(LightningModule):
@@ -22,6 +22,8 @@ class Model(LightningModule):
         opt = self.optimizers()
         out = self.net(batch)
         loss = torch.hypot(out, batch).mean()  # planted: XT-GRAPH-04
+        loss = loss + out[out > 0].mean()  # planted: XT-GRAPH-04
+        loss = loss + out.exp().lgamma().mean()  # planted: XT-GRAPH-04
         for _ in range(batch_idx):
             loss = loss + out.tanh().mean()  # planted: XT-GRAPH-02
         if loss.item() > 100:  # planted: XT-GRAPH-03

@@ -5,7 +5,7 @@ from torch import nn
 
 from xtrain import LightningModule
 
-CHECKS = ("graphs",)
+CHECKS, LOUD = ("graphs",), True
 
 
 class Model(LightningModule):

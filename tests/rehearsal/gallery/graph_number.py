@@ -6,7 +6,7 @@ from torch import nn
 from xtrain import LightningModule
 
 BATCH = "8x4"
-CHECKS = ("graphs",)
+CHECKS, LOUD = ("graphs",), True
 
 
 class Model(LightningModule):
