@@ -2,12 +2,15 @@
 
     python ci/bench/checkpoint.py files      # save and load of 200 million parameters
     python ci/bench/checkpoint.py steps      # a training step between two saves, with saving on and off
+    python ci/bench/checkpoint.py background # how long a training stands still for a save, and what its steps cost then
     torchrun --nproc_per_node=2 ci/bench/checkpoint.py bytes    # ZeRO 2 on two processes, next to one
 
 *files*: saving in the foreground, next to ``torch.save`` of the same tensors and an fsync; reading a checkpoint
 (checksums included) and copying it into the module, next to ``torch.load`` and the copy. They take turns; the figure is
 the ratio of the medians, beside it that of the processor's seconds, which a busy machine changes less. *steps*: the
-same fit with a `ModelCheckpoint` that saves nothing before the end, and without.
+same fit with a `ModelCheckpoint` that saves nothing before the end, and without. *background*: saves of a quarter of
+the layers, in the foreground and in a thread; the training waits for the copy, and the thread takes the processor from
+its steps.
 """
 
 from __future__ import annotations
@@ -112,6 +115,53 @@ def steps(rounds: int) -> None:
     told("step", statistics.median(a / b for a, b in pairs))
 
 
+class Clock(xtrain.Callback):
+    """Sorts the seconds of training steps by whether a save went on beside them."""
+
+    def __init__(self, saver: Any) -> None:
+        self.saver = saver
+        self.beside: list[float] = []
+        self.alone: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        writing = self.saver._writing
+        where = self.beside if writing is not None and writing.is_alive() else self.alone
+        where.append(time.perf_counter() - self.began)
+
+
+class Timed(xtrain.ModelCheckpoint):
+    """Knows how long the training stood still for each save."""
+
+    def _save(self, *arguments: Any, **options: Any) -> None:
+        self.wait()  # what is still being written is not counted
+        began = time.perf_counter()
+        super()._save(*arguments, **options)
+        self.stood = [*getattr(self, "stood", []), time.perf_counter() - began]
+
+
+def background(layers: int, rounds: int) -> None:
+    found: dict[bool, tuple[Timed, Clock]] = {}
+    for thread in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            saver = Timed(folder, every_n_train_steps=40, every_n_epochs=0, background=thread)
+            clock = Clock(saver)
+            trainer = xtrain.Trainer("cpu", max_steps=40 * rounds, callbacks=[saver, clock], enable_progress_bar=False)
+            trainer.fit(Model(layers, 2048), [torch.randn(256, 2048)] * 40 * (rounds + 1))
+            found[thread] = saver, clock
+    stands = {thread: statistics.median(saver.stood) for thread, (saver, _) in found.items()}
+    print(f"{layers * 2048**2 / 1e6:.0f} M parameters: a save stops the training for {stands[False]:.2f} s, ", end="")
+    print(f"in the background for {stands[True]:.2f} s ({stands[True] / stands[False]:.2f}x)")
+    clock = found[True][1]
+    if clock.beside:
+        ratio = statistics.mean(clock.beside) / statistics.median(clock.alone)
+        print(
+            f"a step beside a writer costs {ratio:.2f}x of one alone; {len(clock.beside) / rounds:.0f} steps per save"
+        )
+
+
 def bytes_of_ranks() -> None:
     """Rank 0 writes the whole tensors, as a single process does; the other ranks their generators and gradients."""
     folder = Path(tempfile.gettempdir()) / f"xtrain-bytes-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
@@ -129,13 +179,15 @@ def bytes_of_ranks() -> None:
 def main() -> int:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("files", "steps", "bytes"))
+    parser.add_argument("what", choices=("files", "steps", "background", "bytes"))
     parser.add_argument("--layers", type=int, default=48, help="of four million parameters each")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "files":
         files(options.layers, options.rounds)
+    elif options.what == "background":
+        background(options.layers // 4, options.rounds)
     elif options.what == "steps":
         steps(options.rounds)
     else:

@@ -5,7 +5,6 @@ import os
 import warnings
 
 import torch
-from shelf import set_up
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -69,7 +68,10 @@ def rows():
 def train(backend, options, precision, folder, stop, world_size, rank, saver=()):
     """Train up to step `stop`, from the newest checkpoint of `folder` if there is one; return the module's state."""
     warnings.simplefilter("ignore")
-    set_up()
+    if folder.startswith("shelf:"):
+        from shelf import set_up  # not where this is read by a script of its own
+
+        set_up()
     seed_everything(6)
     module = Model()
     trainer = Trainer(

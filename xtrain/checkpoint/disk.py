@@ -50,7 +50,11 @@ class Disk:
         path = folder / name
         path.touch(exist_ok=False)
         with Following(path) as digests, without_crc32():
-            torch.save(content, path)
+            try:
+                torch.save(content, path)
+            except RuntimeError as error:  # what torch's writer says when the disk is full tells nobody that it is
+                free = shutil.disk_usage(folder).free
+                raise OSError(f"{name} stopped at {path.stat().st_size:,} bytes; {free:,} are free there") from error
             _to_disk(path)
         return {"bytes": path.stat().st_size, "sha256": digests.found}
 

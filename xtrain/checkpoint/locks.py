@@ -126,8 +126,8 @@ def hold_folder(folder: Path, owner: object) -> FolderHold:
                 expected = f"{folder} to be written to by one run"
                 raise CheckpointError(explain(expected, f"another one there, process {lock.owner()}", fix))
             time.sleep(0.1)
-    except PermissionError as error:
+    except OSError as error:
         fix = "ModelCheckpoint(dirpath='...') that can be written to"
-        raise CheckpointError(explain(f"to write to {folder}", str(error), fix)) from error
+        raise CheckpointError(explain(f"to write to {folder}", f"{type(error).__name__}: {error}", fix)) from error
     _owners[key] = owner, 1
     return FolderHold(lock, key)
