@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import UserDict
+from collections import UserDict, UserList
 from importlib import import_module
 
 import pytest
@@ -309,3 +309,7 @@ def test_devices_are_known_before_a_run():
     asked = Trainer("cpu", devices=2)
     assert (asked.num_devices, asked.device_ids, asked.num_nodes) == (2, [0, 1], 1)
     assert (Trainer("cpu").num_devices, Trainer("cpu").num_nodes) == (1, 1)
+
+
+def test_devices_may_be_any_sequence():
+    assert Trainer("cpu", devices=UserList([0, 1])).num_devices == 2

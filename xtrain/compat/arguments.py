@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def read_devices(devices: Any) -> Any:
         return int(devices)
     text = devices.strip(" ,") if isinstance(devices, str) else ""
     chosen = [int(part) for part in text.split(",")] if text.replace(",", "").replace(" ", "").isdecimal() else devices
-    if not isinstance(chosen, list | tuple):
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str):
         return devices
     if list(chosen) == list(range(len(chosen))) and chosen:
         return len(chosen)
