@@ -301,7 +301,7 @@ class _Comparison:
         if told.elsewhere:
             return Skipped(f"agreement: {told.target}", f"the training ends with an error there ({told.elsewhere})")
         text = f"{told.where} this ends the training, and on {FALLBACK} in {WHOLE} it does not: {raised.message}"
-        severity: Severity | None = "error" if self._explicit else None
+        severity: Severity = "error" if self._explicit or told.target == PROCESSES else "warning"
         return Finding(told.id, text, raised.fix, raised.file, raised.line, told.target, severity)
 
     def _refused(self, told: _Told, refusal: Refusal) -> Yield:
