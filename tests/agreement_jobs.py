@@ -106,6 +106,12 @@ def log_epoch_alone(module, batch, index):
         module.log("mine", 1.0, sync_dist=True, on_step=False, on_epoch=True)
 
 
+def log_alone_before_a_log_point(module, batch, index):
+    module.log("ours", 1.0, sync_dist=True, on_step=False, on_epoch=True)
+    if module.global_rank == 1:
+        module.log("mine", 1.0, sync_dist=True)
+
+
 def log_other_name(module, batch, index):
     module.log(f"only{module.global_rank}", 1.0, sync_dist=True)
 
@@ -131,6 +137,11 @@ def apart(odd, options, world_size, rank):
     module = Pair(odd)
     end = trained(module, log_every_n_steps=1, **options)
     return end if isinstance(end, str) else parameters(module).tolist()
+
+
+def log_apart(odd, world_size, rank):
+    """Train without log points before the end of the epoch."""
+    return trained(Pair(odd), log_every_n_steps=50)
 
 
 class Hook(Callback):

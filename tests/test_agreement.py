@@ -63,6 +63,11 @@ def test_what_one_rank_does_apart_is_told_on_both(pair, name):
         assert "Fix:  " in said
 
 
+def test_a_step_metric_of_one_rank_is_told_at_the_end_of_an_epoch(pair):
+    for said in pair.run(partial(jobs.log_apart, jobs.log_alone_before_a_log_point), WAIT):
+        assert "'mine (step)' from rank 1, not from rank 0" in said, said
+
+
 def test_an_epoch_that_one_rank_ends_by_its_hook_is_told(pair):
     for said in pair.run(jobs.hook_of_one_rank, WAIT):
         assert re.search(ASIDE + r"reduce what was logged .* which on_train_batch_start ended by -1", said), said

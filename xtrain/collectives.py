@@ -90,7 +90,7 @@ class Collectives:
     def _heard(self, headers: Tensor) -> list[bytes]:
         rows = [row.tobytes() for row in headers.cpu().numpy()]
         if any(row[:_DIGEST] != rows[0][:_DIGEST] for row in rows):
-            raise _different_calls([row[_DIGEST + 3 : _TEXT].rstrip(b"\0").decode(errors="replace") for row in rows])
+            raise different_calls([row[_DIGEST + 3 : _TEXT].rstrip(b"\0").decode(errors="replace") for row in rows])
         self.asked = self.asked or any(row[_DIGEST] for row in rows)
         return [row[_TEXT : _TEXT + int.from_bytes(row[_DIGEST + 1 : _DIGEST + 3], "little")] for row in rows]
 
@@ -137,7 +137,12 @@ class Collectives:
         return lambda: bool(lowest.item())
 
 
-def _different_calls(texts: Sequence[str]) -> ProtocolError:
+def different_calls(texts: Sequence[str]) -> ProtocolError:
+    """Return the error of ranks that are about to do different things.
+
+    Args:
+        texts: what each is about to do, in order of rank; not all the same.
+    """
     other = next(rank for rank, text in enumerate(texts) if text != texts[0] or rank == len(texts) - 1)
     more = "" if len(texts) == 2 else f" ({sum(text == texts[0] for text in texts)} of {len(texts)} as rank 0)"
     return ProtocolError(
@@ -148,6 +153,11 @@ def _different_calls(texts: Sequence[str]) -> ProtocolError:
             "with sync_dist=True",
         )
     )
+
+
+def form(tensor: Tensor) -> str:
+    """Return shape and dtype of `tensor`, in words."""
+    return f"a tensor of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def gather(tensor: Tensor, ranks: Collectives, sync_grads: bool) -> Tensor:

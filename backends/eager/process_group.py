@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from xtrain.collectives import HEADER, Collectives, ReduceOp
+from xtrain.collectives import HEADER, Collectives, ReduceOp, form
 from xtrain.launch.join import current_launch, join, raise_failure
 from xtrain.launch.stores import STORES
 
@@ -76,7 +76,7 @@ class TorchCollectives(Collectives):
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean", *, met: bool = False) -> Tensor:
         if not met:
-            self.meet(f"reduce ({op}) {_form(tensor)}")
+            self.meet(f"reduce ({op}) {form(tensor)}")
         reduced = self._own(tensor)
         if op == "mean" and not (reduced.dtype.is_floating_point or reduced.dtype.is_complex):
             reduced = reduced.double()
@@ -87,7 +87,7 @@ class TorchCollectives(Collectives):
 
     def all_gather(self, tensor: Tensor, *, met: bool = False) -> Tensor:
         if not met:
-            self.meet(f"gather {_form(tensor)}")
+            self.meet(f"gather {form(tensor)}")
         own = self._own(tensor)
         sent = _bits(own)
         parts = torch.empty(self.world_size * sent.numel(), dtype=torch.uint8, device=self.device)
@@ -97,7 +97,7 @@ class TorchCollectives(Collectives):
 
     def broadcast(self, value: T, source: int = 0) -> T:
         if isinstance(value, Tensor):
-            self.meet(f"broadcast {_form(value)} of rank {source}")
+            self.meet(f"broadcast {form(value)} of rank {source}")
             own = self._own(value)
             sent = _bits(own)
             if sent.numel():
@@ -143,10 +143,6 @@ def finish(work: Any, device: torch.device, call: str) -> None:
             if work.is_completed():
                 raise RuntimeError(f"{error} (it was to {call})") from error
         raise_failure()
-
-
-def _form(tensor: Tensor) -> str:
-    return f"a tensor of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _bits(tensor: Tensor) -> Tensor:

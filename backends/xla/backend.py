@@ -125,7 +125,7 @@ class XLA(Backend):
         self._mesh = None if axes is None else Mesh(axes, runtime)
         self.collectives = self._join_replicas() if runtime.replicas() > 1 else Collectives()
         self._guard = RecompileGuard(runtime, self.strict, self._warn_once)
-        self._syncs = watch.HostSyncs(self._warn_once)
+        self._syncs = watch.HostSyncs(self._warn_once, runtime.before_read)
         watch.install()
         # The device has a generator of its own. A copy of torch's gives the seed, so torch.manual_seed
         # decides both, and the numbers that shuffle the data stay those of the other backends. Replicas
@@ -194,6 +194,8 @@ class XLA(Backend):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
+        if isinstance(self.collectives, Replicas):  # what waits from before may differ: it is no part of this graph
+            self._runtime.sync()
         self._guard.begin(o for o in self._optimizers if o.phase in (Phase.ACCUMULATED, Phase.FINALIZED))
         with self._syncs.watching(), super().forward_context():
             yield
@@ -210,7 +212,7 @@ class XLA(Backend):
 
     def finalize_gradients(self, optimizer: OptimizerHandle) -> None:
         if isinstance(self.collectives, Replicas):
-            self.collectives.average_gradients(optimizer.parameters)
+            self.collectives.average_gradients(optimizer.parameters, optimizer)
 
     def clip_gradients(self, optimizer: OptimizerHandle, value: float, algorithm: Literal["norm", "value"]) -> Tensor:
         self._guard.verb("clip", optimizer)
@@ -302,8 +304,9 @@ class XLA(Backend):
         self._hooks.clear()
         self._steps.clear()
         self._optimizers = ()
-        if self._runtime.rendezvous is not None and sys.exc_info()[0] is not None:
-            self._runtime.rendezvous.leave()
+        error = sys.exc_info()[1]
+        if self._runtime.rendezvous is not None and error is not None:
+            self._runtime.rendezvous.leave(self.collectives.rank, error, bool(self._runtime.calls))
         if self._runtime.cached:
             logger.info("compile cache: %s", self._runtime.cache_counts())
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from xtrain.collectives import Collectives, ReduceOp
+from xtrain.collectives import Collectives, ReduceOp, form
 
 from .runtime import Runtime
 
@@ -31,11 +31,13 @@ class Replicas(Collectives):
         self.world_size = runtime.xr.world_size()
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "mean", *, met: bool = False) -> Tensor:
+        self._start(f"reduce ({op}) {form(tensor)}", met)
         kind, scale = ("sum", 1.0 / self.world_size) if op == "mean" else (op, 1.0)
         (reduced,) = self._runtime.all_reduce(kind, [self._here(tensor).clone()], scale)
         return self._settled(reduced).to(tensor.device)
 
     def all_gather(self, tensor: Tensor, *, met: bool = False) -> Tensor:
+        self._start(f"gather {form(tensor)}", met)
         mine = torch.arange(self.world_size).view(-1, *[1] * tensor.dim()) == self.rank
         return self._sum_where(mine, tensor)
 
@@ -50,8 +52,8 @@ class Replicas(Collectives):
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1), "sum").cpu()
 
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace each gradient by its mean over the replicas.
+    def average_gradients(self, parameters: Sequence[Tensor], whose: object) -> None:
+        """Replace each gradient by its mean over the replicas; `whose` they are is said if replicas differ.
 
         What is reduced is a copy: XLA leaves a gradient alone that was changed in place before, as by
         clipping or by a second backward.
@@ -59,6 +61,7 @@ class Replicas(Collectives):
         held = [p for p in parameters if p.grad is not None]
         if not held:
             return
+        self._start(f"average {len(held)} gradients of {whose!r}")
         copies = [p.grad.detach().clone() for p in held if p.grad is not None]
         for parameter, mean in zip(held, self._runtime.all_reduce("sum", copies, 1.0 / self.world_size), strict=True):
             parameter.grad = mean
@@ -69,8 +72,19 @@ class Replicas(Collectives):
             for tensor in [*module.parameters(), *module.buffers()]:
                 tensor.copy_(self._from(0, tensor))
 
+    def _exchange(self, row: Tensor) -> Tensor:
+        return self.all_gather(row, met=True)
+
+    def _start(self, call: str, between_steps: bool = False) -> None:
+        """Say what is traced next. Between steps it becomes a graph of its own: what waits may differ by replica."""
+        if between_steps:
+            self._runtime.sync()
+        where = self.position()
+        self._runtime.say(f"{call}, {where}" if where else call)
+
     def _from(self, source: int, tensor: Tensor) -> Tensor:
         """Return the tensor of rank `source`."""
+        self._start(f"broadcast {form(tensor)} of rank {source}")
         return self._sum_where(torch.tensor(self.rank == source), tensor)
 
     def _sum_where(self, mine: Tensor, tensor: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Runtime:
         device: the device of this process or thread.
         cached: whether compiled graphs are kept in the folder `cache`.
         rendezvous: set where several threads of this process launch graphs together.
+        calls: there, the communication in what was traced and not launched yet, in words.
         xm: ``torch_xla.core.xla_model``.
         xr: ``torch_xla.runtime``.
 
@@ -61,6 +62,8 @@ class Runtime:
         self._private = torch_xla._XLAC
         self._sync = torch_xla.sync
         self.rendezvous: Rendezvous | None = None
+        self.calls: list[str] = []
+        self._reads: list[str] = []
         self._never: Tensor | None = None
         self.cached = cache is not None and self._keep_graphs(cache)
         if spmd and not xr.is_spmd():
@@ -111,10 +114,28 @@ class Runtime:
 
     def sync(self) -> None:
         """Launch everything that was traced, as one graph. Does not wait for it."""
+        calls, self.calls, self._reads = self.calls, [], []
         if self.rendezvous is None:
             self._sync()
-        else:
-            self.rendezvous.launch(self._sync)
+        elif calls:
+            self.calls = calls  # still those, if the replicas do not agree on them
+            self.rendezvous.launch(self._sync, self.xr.global_ordinal(), "; ".join(calls))
+            self.calls = []
+        else:  # nobody is waited for: replicas may evaluate unequally many batches
+            with self.rendezvous.lock:
+                self._sync()
+
+    def say(self, call: str) -> None:
+        """Note a communication that is traced: replicas of one process compare them before they launch it."""
+        if self.rendezvous is not None:
+            self.calls += [*self._reads, call]
+            self._reads = []
+
+    def before_read(self, line: str) -> None:
+        """Launch what was traced, before a value of it is asked for at `line`, in the middle of a step."""
+        if self.rendezvous is not None:
+            self.sync()
+            self._reads = [f"read a value at {line}"]  # which cuts the graph: where replicas differ in it, they differ
 
     def all_reduce(self, kind: str, tensors: list[Tensor], scale: float) -> list[Tensor]:
         """Reduce fresh `tensors` in place over the replicas, multiply by `scale`, and return them."""

@@ -35,10 +35,11 @@ class HostSyncs:
 
     Args:
         report: is given a sentence, once per line of the user's code.
+        before: is given the line, before the device is asked.
     """
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
+    def __init__(self, report: Callable[[str], None], before: Callable[[str], None]) -> None:
+        self._report, self._before = report, before
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -52,8 +53,10 @@ class HostSyncs:
 
     def seen(self, method: str) -> None:
         """Report a call of ``Tensor.method``."""
+        line = user_line()
+        self._before(line)
         self._report(
-            f"{user_line()} asks for a value (Tensor.{method}), so the step waits there for the device and becomes "
+            f"{line} asks for a value (Tensor.{method}), so the step waits there for the device and becomes "
             "several graphs. Keep it a tensor: self.log takes it as it is, torch.where replaces `if`."
         )
 

@@ -262,7 +262,7 @@ def by_hand(rank: int, how: str) -> list[float]:
             net.loss(layer, x).backward()
             nn.utils.clip_grad_norm_(layer.parameters(), 0.05)
             if how == "clip, then average":
-                Replicas(runtime).average_gradients(list(layer.parameters()))
+                Replicas(runtime).average_gradients(list(layer.parameters()), opt)
                 opt.step()
             else:
                 xm.optimizer_step(opt)

@@ -57,6 +57,7 @@ class MetricLog(Logs):
         checks: 0-dim tensors that the loop wants to see as floats at the next log point.
         callback_metrics: the latest value of every metric by name, also as ``name_step`` and ``name_epoch``.
         logged_metrics: the latest values sent to the loggers.
+        at_log_point: whether the step that ended last was one.
         progress_bar_metrics: the latest values with ``prog_bar=True`` that were already read.
 
     Raises:
@@ -78,6 +79,7 @@ class MetricLog(Logs):
         self._sends_steps = log_every_n_steps > 0
         self.loggers: Sequence[Logger] = ()
         self.checks: dict[str, Tensor] = {}
+        self.at_log_point = False
         self._checked: dict[str, float] = {}  # those that were read with something else
         self.progress_bar_metrics: dict[str, float] = {}
         self._callback: dict[str, Metric | float] = {}
@@ -141,7 +143,7 @@ class MetricLog(Logs):
                 value = snapshot(value) if self._asynchronous else float(value.item())
             elif type(value) is not float:
                 if is_torchmetric(value):
-                    metric.take_source(value)
+                    metric.take_source(value, self._ranks)
                     continue
                 value = as_number(name, value)
             metric.latest, metric.fresh = value, True
@@ -185,7 +187,8 @@ class MetricLog(Logs):
         if stage.evaluates and self._sends_steps:
             stage.keep_steps(self._evaluated[stage.name])
             self._evaluated[stage.name] += 1
-        return self.flush(step, epoch) if stage.steps % self._every == 0 else _NO_CHECKS
+        self.at_log_point = stage.steps % self._every == 0
+        return self.flush(step, epoch) if self.at_log_point else _NO_CHECKS
 
     def flush(self, step: int, epoch: int) -> dict[str, float]:
         """Read what waits, and send the step values; the loop calls it when training ends, too.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from xtrain.errors import ConfigurationError, explain
 from xtrain.metrics.checks import Settings, check_name, check_switches, check_value
+from xtrain.metrics.objects import unite
 
 if TYPE_CHECKING:
-    from xtrain.collectives import ReduceOp
+    from xtrain.collectives import Collectives, ReduceOp
 
 _STEP_HOOKS = frozenset({"training_step", "on_train_batch_start", "on_train_batch_end"})
 _EVALUATION_HOOKS = frozenset(
@@ -118,8 +119,10 @@ class Metric:
         """Return the value of the epoch on this rank."""
         return self.read[0] if isinstance(self.op, str) else _applied(self.name, self.op, torch.tensor(self.read))
 
-    def take_source(self, source: Any) -> None:
+    def take_source(self, source: Any, ranks: Collectives) -> None:
         """Remember a torchmetrics object, and what its forward returned in this step, or what its updates come to."""
+        if self.source is not source:
+            unite(source, ranks)
         self.source, self.stale, self.shared = source, False, False  # it reduces over the ranks by itself
         if not self.on_step:
             return

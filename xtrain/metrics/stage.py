@@ -68,12 +68,12 @@ def agree_on_epoch(stage: Stage, ranks: Collectives) -> dict[str, str]:
     new = [m for m in metrics if m.shared and (m.waiting or (m.read and m.result is None))]
     own = {m.key: str(m.op) for m in new}
     own |= {m.key: _OBJECT for m in metrics if m.source is not None and m.on_epoch and not m.stale}
-    if stage.evaluates:
-        steps = {m for m in metrics if m.shared and m.on_step and m.fresh} | stage.late.keys()
-        own |= {step_key(m): str(m.op) for m in steps}
+    steps = {m for m in metrics if m.shared and m.on_step and m.fresh} | stage.late.keys()
+    own |= {step_key(m): str(m.op) for m in steps}
     excused = stage.evaluates and stage.steps == 0
     found = match_names(own, ranks, f"at the end of an epoch ({stage.name})", excused)
-    return {key: op for key, op in found.items() if op != _OBJECT}
+    apart = {step_key(m) for m in steps if not stage.evaluates}  # of training steps: they are reduced by themselves
+    return {key: op for key, op in found.items() if op != _OBJECT and key not in apart}
 
 
 def values_of_epoch(stage: Stage, reduced: Iterable[Metric]) -> dict[str, Value]:

@@ -18,6 +18,7 @@ from xtrain.hparams import merged
 from xtrain.launch.join import fail_as_one
 from xtrain.life import GradientLife
 from xtrain.metrics.log import MetricLog
+from xtrain.metrics.objects import united
 from xtrain.module import LightningModule
 from xtrain.optimizer import LightningOptimizer
 from xtrain.rules import check_rules
@@ -75,6 +76,7 @@ def started_run(
             agreement.introduce(run)
             clean_up.enter_context(in_effect(run))
             _set_up(run, plan)
+            clean_up.enter_context(united(run.module, backend.collectives))
             clean_up.callback(run.life.toggles.clear)
             for guard in run.life.guard():
                 clean_up.callback(guard.remove)

@@ -107,8 +107,7 @@ def _train_epoch(run: Run, training_step: Callable[[Any, int], Any]) -> bool:
         if life.last_loss is not None:
             metrics.checks["loss"] = life.last_loss
         if not (accumulates and run.accumulating):
-            _look_at(run, metrics.flush_step(progress.logged_steps, progress.epoch))
-            progress.logged_steps += 1
+            _end_step(run)
         progress.batches, progress.done = progress.batches + 1, index + 1
         _validate_if_due(run)
         plan.steps_left -= 1
@@ -169,7 +168,15 @@ def _look_at(run: Run, checks: dict[str, float]) -> None:
     """Look at the loss of a log point, if looking earlier would have meant to wait for it."""
     if "loss" in checks:
         run.life.check_finite(checks["loss"])
-    if not run.backend.collectives.meets_in_steps:
+
+
+def _end_step(run: Run) -> None:
+    """Take in what a step has logged. At its log points ranks meet that would not before they talk without a header."""
+    progress = run.trainer.progress
+    _look_at(run, run.metrics.flush_step(progress.logged_steps, progress.epoch))
+    progress.logged_steps += 1
+    ranks = run.backend.collectives
+    if run.metrics.at_log_point and (ranks.equal_forwards or not ranks.meets_in_steps):
         meet(run, "go on from a log point")
 
 
