@@ -29,6 +29,8 @@ _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 # would need the interpreter's lock, which aborts a process that has come to its end by then.
 _RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=8)
 _SLICE = timedelta(seconds=0.5)
+_WORK: Any = dist.Work
+_wait = _WORK.wait
 
 
 class TorchCollectives(Collectives):
@@ -120,6 +122,19 @@ class TorchCollectives(Collectives):
         self.meet("wait for all ranks")
 
 
+def _wait_in_slices(work: Any, timeout: timedelta = timedelta(0)) -> bool:
+    """Stand in for ``Work.wait``, in which FSDP2 and DeepSpeed wait for minutes in one call, deaf to Ctrl-C."""
+    if timeout:
+        return bool(_wait(work, timeout))
+    while True:
+        try:
+            return bool(_wait(work, _SLICE))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        raise_failure()
+
+
 def finish(work: Any, device: torch.device, call: str) -> None:
     """Wait for the other ranks in slices of half a second: in between Ctrl-C works, and a failed rank is noticed.
 
@@ -178,6 +193,8 @@ def join_processes(
         if world is not None:
             place = world.launch
             store = STORES.PrefixStore("group", world.store)
+            if kind == "gloo":  # elsewhere nobody waits there, but for the device itself
+                _WORK.wait = _wait_in_slices
             dist.init_process_group(group, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         elif always:
             dist.init_process_group(group, store=STORES.HashStore(), rank=0, world_size=1, timeout=timeout)
