@@ -59,8 +59,7 @@ def started_run(
     """
     check_idle(trainer, module)
     backend = trainer.backend
-    reason = type(backend).available()
-    if reason is not None:
+    if (reason := type(backend).available()) is not None:
         raise BackendUnavailableError(f"Backend '{backend.name}' cannot run here: {reason}.")
     with fail_as_one(), ExitStack() as clean_up:  # every callback runs, in reverse order, even if another one raises
         backend.launch()
