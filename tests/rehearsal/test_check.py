@@ -54,7 +54,7 @@ def write(folder, body="pass", after="", name="model.py"):
     return path
 
 
-def xtrain_check(*arguments, cwd, seconds=120):
+def xtrain_check(*arguments, cwd, seconds=250):
     command = [sys.executable, "-m", "xtrain", "check", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
 
