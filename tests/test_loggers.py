@@ -497,3 +497,10 @@ def test_values_that_did_not_come_to_their_log_point_are_written(at, expected, t
     order = [names.index(name) if name in names else None for name in ("step", "epoch", "validated", "trained")]
     cells = [row.split(",") for row in rows]
     assert [",".join("" if i is None else row[i] for i in order) for row in cells] == expected
+
+
+@pytest.mark.parametrize("version", ["../elsewhere", "/elsewhere", "a/../../b"])
+def test_a_version_of_a_checkpoint_cannot_leave_the_folder(version, tmp_path):
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(ConfigurationError, match="stays in save_dir"):
+        logger.load_state_dict({"version": version})

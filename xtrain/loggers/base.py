@@ -170,8 +170,14 @@ class FileLogger(Logger):
         return {"version": self.version} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the folder of the earlier run, if it is there and no version was asked for."""
+        """Go on in the folder of the earlier run, if it is there and no version was asked for.
+
+        Raises:
+            ConfigurationError: for a version that leaves `save_dir`.
+        """
         if self._version is None and state:
+            if not (_is_number(state["version"]) or _inside(state["version"])):  # a checkpoint may be a stranger's
+                raise self._wrong("a version of a checkpoint that stays in save_dir", f"{state['version']!r}")
             self._version = state["version"]
             if not Path(self.log_dir).is_dir():
                 self._version = None
