@@ -292,6 +292,22 @@ def test_two_early_stoppings_keep_a_state_each(tmp_path):
     assert (first.patience, second.patience) == (3, 5)
 
 
+def test_the_state_of_a_callback_that_is_not_given_again_is_told(tmp_path):
+    trainer = Trainer(max_epochs=1, callbacks=EarlyStopping("val_loss"), **QUIET)
+    trainer.fit(Validated(), loader(1), loader(1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=r"none for the state of EarlyStopping.*\n.*callbacks=\[EarlyStopping\("):
+        Trainer(max_epochs=2, **QUIET).fit(Validated(), loader(1), loader(1), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_who_stops_the_training_before_its_minimum_says_that_it_goes_on(capsys):
+    stop = EarlyStopping("val_loss", divergence_threshold=-1.0)
+    trainer = Trainer(max_epochs=4, min_epochs=3, callbacks=stop, **QUIET)
+    trainer.fit(Validated(), loader(1), loader(1))
+    assert "EarlyStopping ends the training, not before min_epochs=3, in epoch 0:" in capsys.readouterr().out
+    assert trainer.current_epoch == 3
+
+
 def test_momentum_of_an_optimizer_without_one_is_told(tmp_path):
     class Plain(Automatic):
         def configure_optimizers(self):

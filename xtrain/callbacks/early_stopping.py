@@ -136,7 +136,10 @@ class EarlyStopping(Callback):
         if reason:
             trainer.should_stop, self.stopping_reason = True, kind
             self.stopped_epoch, self.reason = trainer.current_epoch, reason
-            trainer.print(f"EarlyStopping ends the training in epoch {trainer.current_epoch}: {reason}.")
+            least = {"min_epochs": trainer.options.min_epochs, "min_steps": trainer.options.min_steps}
+            later = ", ".join(f"{name}={value}" for name, value in least.items() if value)
+            end = f"ends the training, not before {later}," if later else "ends the training"
+            trainer.print(f"EarlyStopping {end} in epoch {trainer.current_epoch}: {reason}.")
         elif self.verbose and self.wait_count == 0:
             trainer.print(f"EarlyStopping: {self.monitor} is best so far, {self.best_score:.5g}.")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xtrain.callbacks.checkpoint import ModelCheckpoint
 from xtrain.checkpoint import named
 from xtrain.checkpoint.finding import Loaded
 from xtrain.checkpoint.generators import restore_generators
@@ -282,11 +284,22 @@ class Resumption:
 
 
 def load_callbacks(callbacks: Iterable[Any], states: Mapping[str, Any]) -> None:
-    """Give each callback the state that was saved under its key, or under its class in a file of Lightning."""
+    """Give each callback the state that was saved under its key, or under its class in a file of Lightning.
+
+    Whose state nobody takes is told, but for those that save: what they know is about their own folder.
+    """
+    taken = set()
     for callback in callbacks:
+        taken |= {callback.state_key, type(callback).__qualname__}
         state = states.get(callback.state_key, states.get(type(callback).__qualname__))
         if state is not None:
             callback.load_state_dict(state)
+    saver = ModelCheckpoint.__qualname__
+    lost = [key for key, state in states.items() if state and key not in taken and not key.startswith(saver)]
+    if lost:
+        received = f"none for the state of {', '.join(lost)}"
+        fix = f"Trainer(callbacks=[{lost[0].partition('{')[0]}(...)])"
+        warnings.warn(explain("the callbacks of the checkpoint", received, fix), stacklevel=2)
 
 
 def _named(states: list[Any], module: nn.Module, labels: list[str], handles: Any) -> dict[str, Any]:
