@@ -139,7 +139,7 @@ def test_a_batch_of_none_trains_nothing_and_is_told():
 
     with pytest.warns(UserWarning, match="None, which trains nothing"):
         module, run = trained([rows(2), None, rows(2), None], Ends())
-    assert module.seen == [0, ({}, False), ({}, True), 2, ({}, False), ({}, True)]
+    assert module.seen == [0, ({}, False), (None, True), 2, ({}, False), (None, True)]
     assert run.global_step == 2
 
 
