@@ -17,6 +17,7 @@ from xtrain.errors import ConfigurationError, explain
 
 from .groups import LayerGroup, ShardedParameter, begin, detach, local, snapshot
 from .policy import Policy, check_exists, check_shardable, find_layers, find_networks, find_plain
+from .stale import make_fresh, make_stale
 
 
 class ShardedModule:
@@ -74,17 +75,17 @@ class ShardedModule:
         self.by_shard: dict[Tensor, tuple[LayerGroup, ShardedParameter]] = {
             p.sharded: (group, p) for group in self.groups for p in group.parameters
         }
-        self._originals = [p.original for _, p in self.by_shard.values()]
+        names = {p: name for name, p in named}
+        self._originals = {p.original: names[p.original] for _, p in self.by_shard.values()}
         self._methods = [_register(module, method) for method in methods]
         for group in self.groups:  # once on every rank, so that each has the leaves that autograd knows
             group.gather()
             group.release()
-        for original in self._originals:
-            original.data = original.data.new_empty(0)  # the memory, not the object: it comes back
+        make_stale(self._originals)
 
     def knew(self, parameter: Tensor) -> bool:
         """Return whether `parameter` stood in the module before it was sharded."""
-        return any(parameter is original for original in self._originals)
+        return parameter in self._originals
 
     @contextmanager
     def full_parameters(self, module: nn.Module) -> Iterator[None]:
@@ -122,11 +123,9 @@ class ShardedModule:
             group.unwatch()
             group.release()
             for parameter in group.parameters:
-                original = parameter.original
-                original.data = gathered(parameter.sharded).cpu()
-                original.requires_grad_(parameter.sharded.requires_grad)
-                _put(parameter, original)
-                back[parameter.sharded] = original
+                make_fresh(parameter.original, gathered(parameter.sharded).cpu(), parameter.sharded.requires_grad)
+                _put(parameter, parameter.original)
+                back[parameter.sharded] = parameter.original
         for module, before in self._before.items():
             detach(module, before)
         for undo in self._methods:

@@ -286,3 +286,46 @@ def look_early_by_hand(look):
         look(module)
         opt.step()
     return module.state_dict()
+
+
+def clip_kept(module):
+    nn.utils.clip_grad_norm_(module.kept, 0.2)
+
+
+def decay_kept(module):
+    module.manual_backward(sum(p.square().sum() for p in module.kept))
+
+
+def count_kept(module):
+    sum(p.numel() for p in module.kept)
+
+
+def freeze_kept(module):
+    for parameter in module.kept:
+        parameter.requires_grad_(False)
+
+
+def drop_kept(module):
+    for parameter in module.kept:
+        parameter.grad = None
+
+
+def average_kept(module):
+    copy.deepcopy(module.kept)
+
+
+def use_kept(use, world_size, rank):
+    """Return the error of a training that uses parameters kept in ``__init__``; and whether one leaves them plain."""
+    module = Early(use)
+    module.kept = list(module.a.parameters())
+    made = [(type(p), p.shape) for p in module.kept]
+    try:
+        quiet("fsdp", {}).fit(module, batches(module.steps, rank, world_size))
+        said = ""
+    except ProtocolError as error:
+        said = str(error)
+    spared = Early(lambda module: {p: p.requires_grad for p in module.kept})
+    spared.kept = list(spared.a.parameters())
+    quiet("fsdp", {}).fit(spared, batches(spared.steps, rank, world_size))
+    again = all(p is q for p, q in zip(spared.kept, spared.a.parameters(), strict=True))
+    return said, again and made == [(type(p), p.shape) for p in spared.kept]

@@ -171,3 +171,14 @@ def test_what_is_right_before_the_step_is_let_pass(pair, look, before, options):
     for received, alone in pair.run(partial(jobs.look_early, look, before, options), 60.0):
         close(received, jobs.look_early_by_hand(look))
         assert alone
+
+
+USES = [jobs.clip_kept, jobs.decay_kept, jobs.count_kept, jobs.freeze_kept, jobs.drop_kept, jobs.average_kept]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_parameters_kept_from_before_they_were_sharded_are_not_used_in_silence(pair, use):
+    for said, plain_again in pair.run(partial(jobs.use_kept, use), 60.0):
+        assert "Received: a.0.weight as it was before it was sharded, in " in said
+        assert "self.net.parameters(), no list kept in __init__" in said
+        assert plain_again
