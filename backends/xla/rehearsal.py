@@ -223,9 +223,9 @@ def _cut(here: dict[Place, float], direct: bool, executions: float) -> Finding:
     place, *others = sorted(here, key=lambda place: -here[place])
     also = f"; so do the lines {', '.join(str(other.line) for other in others)}" if others else ""
     count = sum(here.values())
-    text = f"the host reads a value in the middle of the step, which is {executions:.3g} graphs so ({count:.3g} reads)"
+    text = f"the host reads a value in the middle of the step, so a step is {executions:.3g} graphs ({count:.3g} reads)"
     if not direct:
-        text = f"what is called here reads values in the middle of the step, which is {executions:.3g} graphs so"
+        text = f"what is called here reads values in the middle of the step, so a step is {executions:.3g} graphs"
     fix = "self.log(name, value), or torch.where(condition, a, b) in place of if" if direct else ""
     quiet = not direct or count < 0.5
     return Finding("XT-GRAPH-03", text + also, fix, *place, _TPU, "info" if quiet else None)

@@ -23,7 +23,7 @@ def add_check(commands: Any) -> None:
     """Add the command to a parser's `commands`."""
     check = commands.add_parser("check", help="rehearse a module on the CPU: what the expensive machine will do")
     check.add_argument("module", help="model.py:GAN, or a script that calls Trainer.fit (its arguments: after --)")
-    check.add_argument("--for", dest="targets", default="", metavar="LIST",
+    check.add_argument("--for", "--backend", dest="targets", default="", metavar="LIST",
                        help="backends, precisions and 'processes', with commas; default: all")  # fmt: skip
     check.add_argument("--data", default="", metavar="FILE.py:NAME", help="a loader, a DataModule, or a function")
     check.add_argument("--batch", default="", metavar="SPEC", help='random batches: "64x3x32x32,64:int"')

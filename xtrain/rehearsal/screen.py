@@ -11,6 +11,7 @@ from xtrain.rehearsal.findings import Finding, Report
 from xtrain.rehearsal.places import shown, source_line
 
 _INDENT = "         "
+_TABLE = 8  # numbers of one table that are shown whole
 
 
 def screen(report: Report) -> str:
@@ -69,7 +70,16 @@ def _of_figures(figures: dict[str, Any]) -> Iterator[str]:
     yield from _wrapped("figures  ", ", ".join(f"{name} {_figure(value)}" for name, value in single.items()))
     for name, value in figures.items():
         if isinstance(value, dict):
-            yield from _wrapped(f"{_INDENT}{name}: ", ", ".join(f"{key} {_figure(v)}" for key, v in value.items()))
+            yield from _wrapped(f"{_INDENT}{name}: ", _table(value))
+
+
+def _table(numbers: dict[str, Any]) -> str:
+    """Return numbers with their names; of many, the smallest and the largest: `--json` has them all."""
+    named = {key: f"{key} {_figure(value)}" for key, value in numbers.items()}
+    if len(numbers) <= _TABLE:
+        return ", ".join(named.values())
+    least, most = (named[end(numbers, key=numbers.__getitem__)] for end in (min, max))
+    return f"from {least} to {most} ({len(numbers)} by --json)"
 
 
 def _figure(value: Any) -> str:
