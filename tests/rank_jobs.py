@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from xtrain_backends.eager.averaging import agree, average, state_of
@@ -22,6 +23,37 @@ def joined(world_size, rank):
     trainer = make_trainer("cpu", "32-true", {}, max_epochs=1)
     trainer.fit(Gan(), batches(1, world_size, rank))
     return rank_zero_only(lambda: trainer.global_rank)(), trainer.world_size
+
+
+def sent_late(world_size, rank):
+    """Send a tensor between two ranks by torch's own verbs, later than xtrain waits in one piece."""
+    joined(world_size, rank)
+    tensor = torch.full((2,), float(rank))
+    if rank:
+        time.sleep(1.2)
+        dist.send(tensor, 0)
+    else:
+        dist.recv(tensor, 1)
+    dist.all_reduce(tensor)  # the connection still stands
+    return tensor.tolist()
+
+
+class EndsLate:
+    """A collective that ends in the moment after a wait for it ended in vain; then it went well, or not."""
+
+    def __init__(self, error=None):
+        self.over, self.error = False, error
+
+    def wait(self, timeout):
+        if not self.over:
+            self.over = True
+            raise RuntimeError("timed out")
+        if self.error:
+            raise self.error
+        return True
+
+    def is_completed(self):
+        return self.over
 
 
 def misused(name, world_size, rank):

@@ -6,6 +6,7 @@ import pytest
 import rank_jobs
 import torch
 from torch.utils.data import DistributedSampler
+from xtrain_backends.eager.process_group import finish
 
 from xtrain import ConfigurationError, ProtocolError
 from xtrain.testing.ranks import Ranks
@@ -20,6 +21,16 @@ def pair():
 
 def test_the_environment_is_joined(pair):
     assert pair.run(rank_jobs.joined) == [(0, 2), (None, 2)]
+
+
+def test_what_one_rank_sends_to_another_may_come_late(pair):
+    assert pair.run(rank_jobs.sent_late) == [[2.0, 2.0]] * 2
+
+
+def test_a_collective_that_ends_in_the_last_moment_is_judged_by_its_own_end():
+    finish(rank_jobs.EndsLate(), torch.device("cpu"), "reduce")
+    with pytest.raises(RuntimeError, match=r"peer is gone \(it was to reduce\)"):
+        finish(rank_jobs.EndsLate(RuntimeError("peer is gone")), torch.device("cpu"), "reduce")
 
 
 # The ranks hold 1 and 2: their mean is 1.5, or half of what one of them has.

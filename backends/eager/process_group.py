@@ -6,7 +6,7 @@ import atexit
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 # would need the interpreter's lock, which aborts a process that has come to its end by then.
 _RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=8)
 _SLICE = timedelta(seconds=0.5)
+_BETWEEN_TWO = (12, 13, 14)  # send, receive, receive from anybody: a slice that ends in vain closes the connection
 _WORK: Any = dist.Work
 _wait = _WORK.wait
 
@@ -124,14 +125,21 @@ class TorchCollectives(Collectives):
 
 def _wait_in_slices(work: Any, timeout: timedelta = timedelta(0)) -> bool:
     """Stand in for ``Work.wait``, in which FSDP2 and DeepSpeed wait for minutes in one call, deaf to Ctrl-C."""
-    if timeout:
-        return bool(_wait(work, timeout))
+    if not timeout and work._get_op_type() not in _BETWEEN_TWO:
+        _wait_until_over(work)
+    return bool(_wait(work, timeout))
+
+
+def _wait_until_over(work: Any) -> None:
+    """Wait in slices of half a second until a collective has ended, well or not: its next `wait` tells which.
+
+    A slice that ends in vain looks like a failure, and the collective may end right after it: so only that wait counts.
+    """
     while True:
-        try:
-            return bool(_wait(work, _SLICE))
-        except RuntimeError:
-            if work.is_completed():
-                raise
+        with suppress(RuntimeError):
+            work.wait(_SLICE)
+        if work.is_completed():
+            return
         raise_failure()
 
 
@@ -150,14 +158,11 @@ def finish(work: Any, device: torch.device, call: str) -> None:
     if device.type != "cpu":
         work.wait()
         return
-    while True:
-        try:
-            work.wait(_SLICE)
-            return
-        except RuntimeError as error:
-            if work.is_completed():
-                raise RuntimeError(f"{error} (it was to {call})") from error
-        raise_failure()
+    _wait_until_over(work)
+    try:
+        work.wait(_SLICE)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error} (it was to {call})") from error
 
 
 def _bits(tensor: Tensor) -> Tensor:
